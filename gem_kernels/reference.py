@@ -1,0 +1,229 @@
+"""Eager torch, any float dtype, differentiable: the specification that every kernel is tested against.
+
+It is written to be read, not to be fast: it holds tensors of the size of the logits and sorts whole sequences.
+Accumulation is in the dtype of its inputs, so calling it on float64 inputs gives the truth.
+Formulas: GEM (arXiv 2511.13007) Eq. 1 and 2; docs/math.md derives the gradients.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .types import EntropyScores, SegaOutput, TokenStats
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """z <- c tanh(z / c). An infinite logit stays infinite: a masked word stays masked."""
+    if softcap is None:
+        return logits
+    return torch.where(torch.isinf(logits), logits, softcap * torch.tanh(logits / softcap))
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """logits [..., V], targets [...] -> logprobs [...], entropy [...] in the dtype of `logits`.
+
+    With d = z - max z and s = sum e^d:  logprob = d_y - log s,  H = log s - (sum e^d d) / s.
+    """
+    kept = targets != ignore_index
+    temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(targets.shape)
+    # Ignored rows are replaced, not multiplied by zero, so what they hold can reach neither value nor gradient.
+    z = torch.where(kept[..., None], capped(logits, softcap), torch.zeros((), dtype=logits.dtype))
+    z = z / temperature[..., None]
+    top = z.detach().amax(-1, keepdim=True)
+    d = z - top
+    e = d.exp()
+    s = e.sum(-1)
+    # p = 0 contributes 0 to the entropy, never 0 * inf; NaN stays NaN.
+    finite_d = torch.where(d == -torch.inf, torch.zeros_like(d), d)
+    entropy = s.log() - (e * finite_d).sum(-1) / s
+    index = torch.where(kept, targets, 0)
+    logprobs = d.gather(-1, index[..., None])[..., 0] - s.log()
+    zero = torch.zeros_like(entropy)
+    return TokenStats(torch.where(kept, logprobs, zero), torch.where(kept, entropy, zero))
+
+
+def top_count(top_m: float | int, n: int) -> int:
+    """m: a count (int), or floor(top_m * n) with `top_m` taken as the decimal it is written as; at least 1, at most n."""
+    m = top_m if isinstance(top_m, int) else int(Fraction(str(top_m)) * n)
+    return min(max(1, m), n)
+
+
+def entropy_scores(
+    entropy: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+) -> EntropyScores:
+    """One sequence after the other; see `gem_kernels.entropy_scores` for the meaning of the arguments."""
+    n_sequences = answer_start.shape[0]
+    score, final, fork = (entropy.new_zeros(n_sequences) for _ in range(3))
+    ok = torch.zeros(n_sequences, dtype=torch.bool, device=entropy.device)
+    for i in range(n_sequences):
+        if cu_seqlens is not None:
+            values = entropy[int(cu_seqlens[i]) : int(cu_seqlens[i + 1])]
+            counted = torch.ones_like(values, dtype=torch.bool)
+        else:
+            positions = completion_mask[i].nonzero()[:, 0]
+            first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
+            values, counted = entropy[i, first:end], completion_mask[i, first:end]
+        start, length = int(answer_start[i]), values.shape[0]
+        if not 0 <= start < length:
+            if no_answer == "exclude":
+                continue
+            start = 4 * length // 5
+        answer, reasoning = values[start:][counted[start:]], values[:start][counted[:start]]
+        if len(answer) == 0 or (valid is not None and not bool(valid[i])):
+            continue
+        ok[i] = True
+        final[i] = answer.mean()
+        if len(reasoning):
+            fork[i] = reasoning.sort(descending=True).values[: top_count(top_m, len(reasoning))].mean()
+        score[i] = -final[i] + fork_weight * fork[i]
+    return EntropyScores(score, final, fork, ok)
+
+
+def group_advantages(
+    scores: Tensor,
+    group_size: int,
+    *,
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+) -> Tensor:
+    """A_i = f(S_i) - mean_group f(S), over the valid members; optionally / (std_group + eps). [B] -> [B]."""
+    advantages = torch.zeros_like(scores)
+    for begin in range(0, scores.shape[0], group_size):
+        members = torch.arange(begin, begin + group_size, device=scores.device)
+        if valid is not None:
+            members = members[valid[begin : begin + group_size]]
+        s = scores[members]
+        if len(s) < 2:
+            continue
+        if mapping == "identity":
+            r = s
+        elif mapping == "softmax":
+            r = s.softmax(0)
+        else:
+            beats = (s[:, None] > s[None, :]).to(s.dtype) + 0.5 * (s[:, None] == s[None, :]).to(s.dtype)
+            r = (beats.sum(1) - 0.5) / (len(s) - 1)
+        r = r - r[0]  # equal members become exact zeros before the mean is taken
+        a = r - r.mean()
+        if scale == "group":
+            a = a / (r.std() + eps)
+        advantages[members] = a
+    return advantages
+
+
+def sequence_weights(
+    lengths: Tensor,
+    valid: Tensor,
+    loss_type: str,
+    max_completion_length: int | None = None,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """c_i / Z of design table: sum 1/valid, mean 1/(len_i valid), token 1/tokens, constant 1/(valid max_length). [B]."""
+    n_valid = valid.sum()
+    if denominator is not None:
+        z = denominator
+    elif loss_type == "token":
+        z = (lengths * valid).sum()
+    elif loss_type == "constant":
+        z = n_valid * max_completion_length
+    else:
+        z = n_valid
+    z = torch.as_tensor(z, dtype=torch.float32, device=lengths.device)
+    c = 1.0 / lengths.clamp(min=1) if loss_type == "mean" else torch.ones_like(lengths, dtype=torch.float32)
+    return torch.where(valid & (z != 0), c / torch.where(z == 0, torch.ones_like(z), z), torch.zeros_like(c))
+
+
+def sega_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor | None = None,
+    group_size: int | None = None,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    advantages: Tensor | None = None,
+    loss_type: str = "sum",
+    max_completion_length: int | None = None,
+    denominator: float | Tensor | None = None,
+) -> SegaOutput:
+    """L = -(1/Z) sum_i A_i c_i sum_t logprob_{i,t}, with everything but the log-probabilities held constant."""
+    if completion_mask is not None:
+        counted = completion_mask & (targets != ignore_index)
+        sequence = torch.arange(targets.shape[0], device=targets.device)[:, None].expand(targets.shape)
+        n_sequences = targets.shape[0]
+    else:
+        counted = targets != ignore_index
+        n_sequences = cu_seqlens.shape[0] - 1
+        sequence = torch.repeat_interleave(
+            torch.arange(n_sequences, device=targets.device), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        )
+    stats = token_stats(
+        logits,
+        torch.where(counted, targets, ignore_index),
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    entropy = stats.entropy.detach()
+    if answer_start is None:
+        answer_start = torch.full((n_sequences,), -1, device=targets.device)
+    scores = entropy_scores(
+        entropy,
+        completion_mask=completion_mask,
+        cu_seqlens=cu_seqlens,
+        answer_start=answer_start,
+        fork_weight=fork_weight,
+        top_m=top_m,
+        no_answer=no_answer,
+        valid=valid,
+    )
+    if advantages is None:
+        advantages = group_advantages(
+            scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps
+        )
+    advantages = torch.where(scores.valid, advantages.detach(), torch.zeros_like(advantages))
+    lengths = torch.zeros(n_sequences, device=targets.device).index_add_(
+        0, sequence[counted], torch.ones(int(counted.sum()), device=targets.device)
+    )
+    weights = sequence_weights(lengths, scores.valid, loss_type, max_completion_length, denominator)
+    per_token = (-advantages * weights).to(stats.logprobs.dtype)[sequence]
+    loss = (per_token * torch.where(counted, stats.logprobs, torch.zeros_like(stats.logprobs))).sum()
+    return SegaOutput(
+        loss,
+        scores.score,
+        scores.final_entropy,
+        scores.fork_entropy,
+        scores.valid,
+        advantages,
+        stats.logprobs.detach(),
+        entropy,
+    )
