@@ -53,7 +53,7 @@ def token_stats(
 
 
 def top_count(top_m: float | int, n: int) -> int:
-    """m: a count (int), or floor(top_m * n) with `top_m` taken as the decimal it is written as; at least 1, at most n."""
+    """m: a count (int), or floor(top_m * n) with `top_m` taken as the decimal it is written as; in 1..n."""
     m = top_m if isinstance(top_m, int) else int(Fraction(str(top_m)) * n)
     return min(max(1, m), n)
 
@@ -137,7 +137,7 @@ def sequence_weights(
     max_completion_length: int | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """c_i / Z of design table: sum 1/valid, mean 1/(len_i valid), token 1/tokens, constant 1/(valid max_length). [B]."""
+    """c_i / Z: sum 1/valid, mean 1/(len_i valid), token 1/tokens, constant 1/(valid max_length). [B]."""
     n_valid = valid.sum()
     if denominator is not None:
         z = denominator
