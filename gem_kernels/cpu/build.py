@@ -40,7 +40,7 @@ _reason: str | None = None
 _tried = False
 
 
-class BuildError(Exception):
+class BuildError(RuntimeError):
     """The library could not be built or loaded; the message is what `reason()` returns."""
 
 
@@ -55,8 +55,8 @@ def load() -> ctypes.CDLL | None:
         if not _tried:
             try:
                 _library = _build_and_open()
-            except (BuildError, OSError, subprocess.SubprocessError) as error:
-                _reason = f"{error}"
+            except (RuntimeError, OSError, AttributeError, subprocess.SubprocessError) as error:
+                _reason, _tried = f"{error}", True
                 warnings.warn(
                     f"gem_kernels: the compiled CPU kernels are not available, plain torch is used instead ({_reason})",
                     RuntimeWarning,
@@ -152,7 +152,9 @@ def _compile(compiler: list[str], path: Path) -> None:
         attempts = [FLAGS, tuple(flag for flag in FLAGS if flag != "-march=native")]
         for flags in attempts:
             command = [*compiler, *flags, str(SOURCE), "-o", temporary]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_SECONDS
+            )
             if done.returncode == 0:
                 os.replace(temporary, path)
                 return

@@ -41,7 +41,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 constexpr int U = 4;            // vectors in flight
 constexpr int64_t STEP = U * W; // elements of one iteration
 constexpr int64_t BLOCK = 4096; // 16 KiB of float32: half a first-level cache
-constexpr int64_t CLAIM = 4;    // rows a thread takes at a time
+constexpr int64_t CLAIM = 8192; // elements a thread takes at a time: short rows several at once
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float QNAN = std::numeric_limits<float>::quiet_NaN();
@@ -275,7 +275,7 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
             for (int64_t i = whole; i < padded; i += W) {
                 const int64_t left = n - i < 0 ? 0 : (n - i < W ? n - i : W);
                 T tail[W] = {};
-                std::memcpy(tail, p + i, left * sizeof(T));
+                if (left > 0) std::memcpy(tail, p + i, left * sizeof(T));
                 vf v = load(tail);
                 if (capped) v = softcapped(v, c);
                 for (int k = (int)left; k < W; ++k) v[k] = -INF;
@@ -351,11 +351,11 @@ void row_backward(T *g, const T *z, int64_t V, int64_t y, double tau, float c, c
     };
     float g_y = QNAN;
     if (inside) {
-        double x = load_one(z + y), slope = 1;
-        if (capped && !std::isinf(x)) {
-            const double u = std::tanh(x / c);
-            x = c * u;
-            slope = 1 - u * u;
+        const float z_y = load_one(z + y);
+        double x = z_y, slope = 1;
+        if (capped && !std::isinf(z_y)) { // by the same function as in forward: x equals the maximum when it was it
+            x = softcapped(splat(z_y), c)[0];
+            slope = 1 - (x / c) * (x / c);
         }
         double log_p = (x - up.row_max) / tau - log_sum;
         if (log_p > 0) log_p = 0;
@@ -397,11 +397,13 @@ struct GemRows {
 
 namespace {
 
-INLINE int64_t claim(const GemRows *a) { return __atomic_fetch_add(a->next, CLAIM, __ATOMIC_RELAXED); }
+// The next `count` rows for this thread begin at the number returned; past N there are none.
+INLINE int64_t claim(const GemRows *a, int64_t count) { return __atomic_fetch_add(a->next, count, __ATOMIC_RELAXED); }
 
 template <typename T, bool capped> void forward_rows(const GemRows *a) {
-    for (int64_t first; (first = claim(a)) < a->N;) {
-        const int64_t end = first + CLAIM < a->N ? first + CLAIM : a->N;
+    const int64_t count = a->V < CLAIM ? CLAIM / a->V : 1;
+    for (int64_t first; (first = claim(a, count)) < a->N;) {
+        const int64_t end = first + count < a->N ? first + count : a->N;
         for (int64_t r = first; r < end; ++r) {
             const int64_t y = a->targets[r];
             Row out = {0, 0, 0, 0};
@@ -422,8 +424,9 @@ template <typename T, bool capped> void forward_rows(const GemRows *a) {
 }
 
 template <typename T, bool capped> void backward_rows(const GemRows *a) {
-    for (int64_t first; (first = claim(a)) < a->N;) {
-        const int64_t end = first + CLAIM < a->N ? first + CLAIM : a->N;
+    const int64_t count = a->V < CLAIM ? CLAIM / a->V : 1;
+    for (int64_t first; (first = claim(a, count)) < a->N;) {
+        const int64_t end = first + count < a->N ? first + count : a->N;
         for (int64_t r = first; r < end; ++r) {
             T *g = static_cast<T *>(a->grad_logits) + (r / a->R2) * a->g1 + (r % a->R2) * a->g2;
             if (a->targets[r] == a->ignore_index) {

@@ -88,7 +88,7 @@ def available(logits: Tensor) -> bool:
 class _Rows(ctypes.Structure):
     """GemRows of row_stats.cpp, field by field."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("N", "R2", "V", "s1", "s2")),
         ("targets", ctypes.c_void_p),
