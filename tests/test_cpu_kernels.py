@@ -185,7 +185,7 @@ def test_nan_and_infinity_stay_in_their_row(place, softcap, compiled):
     logits[0, 3, place] = torch.inf
     logits[0, 4] = -torch.inf
     logits[0, 5], logits[0, 5, place] = -torch.inf, torch.nan
-    logits[0, 6], logits[0, 6, place], logits[0, 6, 77] = -torch.inf, torch.nan, 1.0
+    logits[0, 6], logits[0, 6, place], logits[0, 6, 8990] = -torch.inf, torch.nan, 1.0
     bad = torch.tensor([False, True, False, True, True, True, True, False])
     for stats, before in zip(forward(logits, targets, softcap=softcap, compiled=compiled), clean):
         assert torch.equal(stats[~bad], before[~bad])
@@ -436,18 +436,43 @@ def test_narrower_vectors(machine, fresh_build, monkeypatch):
     for dtype in DTYPES:
         for softcap in (None, 5.0):
             check(*problem(1, 3, 5003, dtype), 0.7, softcap, compiled=True)
-    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    halves = halves[halves.isfinite()]
-    rows = halves[:, None, None]
-    targets = torch.zeros(len(halves), dtype=torch.int64)
-    assert torch.equal(forward(rows, targets, compiled=True)[2], halves.float())  # every half is read right
-    # and written right: with V = 2 equal logits, p = 1/2, and the gradient at the target is a/2
-    a = torch.cat([halves.float(), torch.randn(4000).mul(1e-5), torch.tensor([131_000.0, 131_040.0, torch.inf])]) * 2
-    got = backward(
-        torch.zeros(len(a), 1, 2, dtype=torch.float16),
-        torch.zeros(len(a), dtype=torch.int64),
-        a,
-        torch.zeros(len(a)),
-        compiled=True,
-    )[:, 0]
-    assert torch.equal(got[:, 0], (a / 2).half()) and torch.equal(got[:, 1], (-a / 2).half())
+    for dtype in (torch.bfloat16, torch.float16):
+        check_conversions(dtype)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions(dtype):
+    check_conversions(dtype)
+
+
+def check_conversions(dtype):
+    """Every number of 16 bits is read right; gradients are rounded to nearest, ties to even, as torch does."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    targets = torch.zeros(len(numbers), dtype=torch.int64)
+    assert torch.equal(forward(numbers[:, None, None], targets, compiled=True)[2], numbers.float())
+    # Two equal logits: p = 1/2, and with b = 0 the gradient is a/2 at the target and -a/2 beside it. Halfway between
+    # neighbours, just off it, subnormal, past the largest.
+    whole = numbers.float()[numbers.abs() < 1e4]
+    halfway = (whole.sort().values[1:] + whole.sort().values[:-1]) / 2
+    special = torch.tensor([65_500.0, 65_519.9, 65_520.0, 7e4, torch.inf])
+    wanted = torch.cat([whole, halfway, halfway * (1 + 2**-20), halfway * (1 - 2**-20), torch.randn(4000), special])
+    wanted = wanted[(wanted.abs() > 2.0**-120) | (wanted == 0)]
+    a, zeros = wanted * 2, torch.zeros(len(wanted))
+    logits = torch.zeros(len(a), 1, 2, dtype=dtype)
+    got = backward(logits, torch.zeros(len(a), dtype=torch.int64), a, zeros, compiled=True)[:, 0]
+    assert torch.equal(got[:, 0], wanted.to(dtype)) and torch.equal(got[:, 1], (-wanted).to(dtype))
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_softcap_is_accurate_near_zero_and_when_saturated(softcap, compiled):
+    """With one word, row_max is the capped logit itself: within four ulp of float64."""
+    z = (
+        torch.cat([torch.linspace(-5, 5, 4001), torch.linspace(-0.1, 0.1, 4001), torch.logspace(-30, 30, 500)])
+        * softcap
+    )
+    targets = torch.zeros(len(z), dtype=torch.int64)
+    row_max = forward(z[:, None, None], targets, 1.0, softcap, compiled=compiled)[2]
+    torch.testing.assert_close(row_max.double(), reference.capped(z.double(), softcap), rtol=2.0**-21, atol=0)

@@ -339,9 +339,8 @@ void row_backward(T *g, const T *z, int64_t V, int64_t y, double tau, float c, c
         vf x = v, slope = {};
         if (capped) {
             const vf u = tanh_vector(v / c);
-            const vi infinite = is_infinite(v);
-            x = infinite ? v : c * u;
-            slope = infinite ? splat(1.0f) : 1.0f - u * u;
+            x = is_infinite(v) ? v : c * u;
+            slope = 1.0f - u * u;
         }
         vf log_p = (x - up.row_max) * inv_tau - log_sum;
         const vf p = exp_clamping(log_p);
@@ -401,7 +400,7 @@ namespace {
 INLINE int64_t claim(const GemRows *a, int64_t count) { return __atomic_fetch_add(a->next, count, __ATOMIC_RELAXED); }
 
 template <typename T, bool capped> void forward_rows(const GemRows *a) {
-    const int64_t count = a->V < CLAIM ? CLAIM / a->V : 1;
+    const int64_t count = a->V >= CLAIM ? 1 : CLAIM / (a->V > 0 ? a->V : 1);
     for (int64_t first; (first = claim(a, count)) < a->N;) {
         const int64_t end = first + count < a->N ? first + count : a->N;
         for (int64_t r = first; r < end; ++r) {
@@ -424,7 +423,7 @@ template <typename T, bool capped> void forward_rows(const GemRows *a) {
 }
 
 template <typename T, bool capped> void backward_rows(const GemRows *a) {
-    const int64_t count = a->V < CLAIM ? CLAIM / a->V : 1;
+    const int64_t count = a->V >= CLAIM ? 1 : CLAIM / (a->V > 0 ? a->V : 1);
     for (int64_t first; (first = claim(a, count)) < a->N;) {
         const int64_t end = first + count < a->N ? first + count : a->N;
         for (int64_t r = first; r < end; ++r) {

@@ -208,7 +208,7 @@ def _chunks(logits: Tensor, targets: Tensor, ignore_index: int):
         rows = (targets != ignore_index).nonzero()[:, 0]
     else:
         rows = torch.arange(targets.shape[0], device=logits.device)
-    row_bytes = LIVE_COPIES * 4 * logits.shape[2]
+    row_bytes = LIVE_COPIES * 4 * max(1, logits.shape[2])
     share = SHARE_OF_LOGITS * logits.shape[0] * logits.shape[1] * logits.shape[2] * logits.element_size()
     most = min(share, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES_ELSEWHERE))
     return rows.split(max(1, int(most) // row_bytes))
