@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import row_stats
+from . import row_stats, span_scores
 
-STATS = {n: "*fp32" for n in ("logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr")}
+STATS = dict.fromkeys(("logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr"), "*fp32")
 ROW = {
     "targets_ptr": "*i64",
     "temperature": "fp32",
@@ -78,12 +78,52 @@ def kernels() -> list[KernelSpec]:
                         "grad_logprob_ptr": "*fp32",
                         "grad_entropy_ptr": "*fp32",
                         "span": "i32",
+                        "grad_outer": "i64",
+                        "grad_inner": "i64",
                         **ROW,
                         **{k: v for k, v in STATS.items() if k != "logprob_ptr"},
                     },
-                    {**variant, **blocks},
+                    {**variant, **blocks, "SAME_LAYOUT": not softcap},
                     launch.num_warps,
                     streaming=True,
                 )
             )
+    for packed in (False, True):
+        specs.append(
+            KernelSpec(
+                f"span_scores_{'packed' if packed else 'padded'}",
+                span_scores.span_scores,
+                {
+                    "entropy_ptr": "*fp32",
+                    "mask_ptr": "*i8",
+                    "cu_seqlens_ptr": "*i32",
+                    "answer_start_ptr": "*i64",
+                    "valid_ptr": "*i8",
+                    "ok_ptr": "*i8",
+                    "N": "i32",
+                    "T": "i32",
+                    "fork_weight": "fp32",
+                    "top_numerator": "i64",
+                    "top_denominator": "i64",
+                    **dict.fromkeys(("score_ptr", "final_ptr", "fork_ptr"), "*fp32"),
+                },
+                {"PACKED": packed, "EXCLUDE": packed, "HAS_VALID": packed, "BLOCK": span_scores.BLOCK},
+            )
+        )
+    for mapping, name in enumerate(("identity", "softmax", "rank")):
+        specs.append(
+            KernelSpec(
+                f"group_advantages_{name}",
+                span_scores.group_advantages,
+                {
+                    "advantages_ptr": "*fp32",
+                    "scores_ptr": "*fp32",
+                    "valid_ptr": "*i8",
+                    "G": "i32",
+                    "eps": "fp32",
+                },
+                {"MAPPING": mapping, "SCALE": True, "HAS_VALID": True, "BLOCK": 16},
+                num_warps=1,
+            )
+        )
     return specs

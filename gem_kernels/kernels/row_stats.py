@@ -120,13 +120,13 @@ def _edge(begin, end, body, body_end, i_split, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _sum_less_one(s, subtract):
-    """sum(s) - 1 for lanes of which one holds the maximum's 1: taken from the largest lane, before the sum.
+def _sum_less(one, s):
+    """sum(s) - one, the maximum's own 1 being taken from the largest lane, before the sum.
 
     log(1 + that) keeps the small terms of a confident row, which 1 + ... in fp32 would round away.
     """
     largest = tl.arange(0, s.shape[0]) == tl.argmax(s, 0)
-    return tl.sum(tl.where(largest & subtract, s - 1.0, s), 0)
+    return tl.sum(tl.where(largest, s - one, s), 0)
 
 
 @triton.jit
@@ -222,8 +222,9 @@ def row_stats_forward(
     d_edge = x_edge - m
     s_edge = tl.where(m_edge, tl.exp2(d_edge * scale), 0.0)
     t_sum = tl.sum(t, 0) + tl.sum(s_edge * d_edge, 0)
-    in_edge = tl.max(s_edge, 0) > tl.max(s, 0)
-    rest = _sum_less_one(s, not in_edge) + _sum_less_one(s_edge, in_edge)
+    largest, largest_edge = tl.max(s, 0), tl.max(s_edge, 0)
+    one = tl.where(largest >= largest_edge, 1.0, 0.0)  # where the maximum is: in the lanes, or in the edge
+    rest = _sum_less(one, s) + _sum_less(1.0 - one, s_edge)
     if SPLIT:
         o_partial = (row.to(tl.int64) * n_splits + i_split) * 3
         tl.store(partial_ptr + o_partial, m)
@@ -232,9 +233,7 @@ def row_stats_forward(
     else:
         x_y = tl.load(logits_ptr + begin + y, mask=(y >= 0) & (y < V), other=0.0)
         x_y = _logit(x_y, softcap, SOFTCAP)
-        _store_stats(
-            row, m, rest, t_sum, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr
-        )
+        _store_stats(row, m, rest, t_sum, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
 @triton.jit(do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "n_splits", "ignore_index"])
@@ -303,7 +302,18 @@ def _slope(x, softcap):
     return tl.where(x <= FLOOR, 1.0, 1.0 - u * u)
 
 
-@triton.jit(do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "span", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "V",
+        "n_inner",
+        "stride_outer",
+        "stride_inner",
+        "grad_outer",
+        "grad_inner",
+        "span",
+        "ignore_index",
+    ]
+)
 def row_stats_backward(
     grad_ptr,
     logits_ptr,
@@ -320,15 +330,20 @@ def row_stats_backward(
     n_inner,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
+    grad_outer: tl.int64,
+    grad_inner: tl.int64,
     span,
     ignore_index,
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SAME_LAYOUT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Grid (N, n_splits). grad has the strides of logits, and may be logits. Ignored rows are zeroed unread.
+    """Grid (N, n_splits). Ignored rows are zeroed unread. grad may be logits.
+
+    SAME_LAYOUT: grad has the strides of logits, so what is aligned in one is aligned in the other.
 
     The target's own term is one scalar, stored after the row: a comparison in the loop costs two instructions an
     element. The barriers order it against the other threads' reads and writes of the same address.
@@ -342,6 +357,8 @@ def row_stats_backward(
     o_edge, m_edge = _edge(begin, end, body, body_end, i_split, ALIGN)
     lanes = tl.arange(0, BLOCK)
     dtype = grad_ptr.dtype.element_ty
+    if not SAME_LAYOUT:
+        grad_ptr += _row_offset(row, n_inner, grad_outer, grad_inner) - begin
     if y == ignore_index:
         tl.store(grad_ptr + o_edge, tl.zeros([2 * ALIGN], dtype), mask=m_edge)
         for offset in range(lo, hi, BLOCK):
