@@ -1,0 +1,373 @@
+"""Entropies -> the score of each sequence -> group advantages; and both straight from logits."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .token_stats import token_stats
+from .types import EntropyScoreOutput, EntropyScores
+
+MAPPINGS = ("identity", "softmax", "rank")
+SCALES = ("none", "group")
+NO_ANSWER = ("tail", "exclude")
+
+
+@torch.library.custom_op("gem_kernels::span_scores", mutates_args=())
+def span_scores_op(
+    entropy: Tensor,
+    completion_mask: Optional[Tensor],  # noqa: UP045
+    cu_seqlens: Optional[Tensor],  # noqa: UP045
+    answer_start: Tensor,
+    valid: Optional[Tensor],  # noqa: UP045
+    fork_weight: float,
+    top_numerator: int,
+    top_denominator: int,
+    exclude: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B, T] or [N] float32 -> score, final_entropy, fork_entropy [B] float32, valid [B] bool."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        steps = cu_seqlens[1:] - cu_seqlens[:-1]
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != entropy.shape[0] or bool((steps < 0).any()):
+            arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
+    if backend != "triton":
+        args = (entropy, completion_mask, cu_seqlens, answer_start, valid)
+        return _span_scores_torch(*args, fork_weight, top_numerator, top_denominator, exclude)
+
+    from .kernels import span_scores as kernels
+
+    B = answer_start.shape[0]
+    score, final, fork = (torch.empty(B, dtype=torch.float32, device=entropy.device) for _ in range(3))
+    ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
+    if B == 0:
+        return score, final, fork, ok
+    mask = None if completion_mask is None else completion_mask.contiguous().view(torch.int8)
+    with torch.cuda.device_of(entropy):
+        kernels.span_scores[(B,)](
+            entropy.contiguous(),
+            mask,
+            None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
+            answer_start.to(torch.int64).contiguous(),
+            None if valid is None else valid.contiguous().view(torch.int8),
+            score,
+            final,
+            fork,
+            ok.view(torch.int8),
+            entropy.numel(),
+            entropy.shape[-1],
+            fork_weight,
+            top_numerator,
+            top_denominator,
+            PACKED=cu_seqlens is not None,
+            EXCLUDE=exclude,
+            HAS_VALID=valid is not None,
+            BLOCK=kernels.BLOCK,
+            num_warps=8,
+        )
+    return score, final, fork, ok
+
+
+@span_scores_op.register_fake
+def _(entropy, completion_mask, cu_seqlens, answer_start, valid, *args):
+    values = [torch.empty(answer_start.shape, dtype=torch.float32, device=entropy.device) for _ in range(3)]
+    return (*values, torch.empty(answer_start.shape, dtype=torch.bool, device=entropy.device))
+
+
+def _span_scores_torch(
+    entropy, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_numerator, top_denominator, exclude
+):
+    """One sequence after the other, the top m by `torch.topk` (a selection). On a GPU this waits for the device."""
+    starts = answer_start.tolist()
+    usable = [True] * len(starts) if valid is None else valid.tolist()
+    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+    score, final, fork = torch.zeros(3, len(starts), dtype=torch.float64).unbind()
+    ok = torch.zeros(len(starts), dtype=torch.bool)
+    for i, start in enumerate(starts):
+        if offsets is not None:
+            values, counted = entropy[offsets[i] : offsets[i + 1]], None
+        else:
+            positions = completion_mask[i].nonzero()[:, 0]
+            first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
+            values, counted = entropy[i, first:end], completion_mask[i, first:end]
+        n = values.shape[0]
+        found = 0 <= start < n
+        start = start if found else 4 * n // 5
+        answer, reasoning = values[start:], values[:start]
+        if counted is not None and len(positions) < n:
+            answer, reasoning = answer[counted[start:]], reasoning[counted[:start]]
+        if not usable[i] or len(answer) == 0 or (exclude and not found):
+            continue
+        ok[i] = True
+        final[i] = answer.double().mean()
+        if len(reasoning):
+            m = top_numerator * len(reasoning) // top_denominator if top_denominator else top_numerator
+            fork[i] = reasoning.topk(min(max(m, 1), len(reasoning)), sorted=False).values.double().mean()
+        score[i] = fork_weight * fork[i] - final[i]
+    return tuple(x.to(entropy.device, torch.float32) for x in (score, final, fork)) + (ok.to(entropy.device),)
+
+
+def entropy_scores(
+    entropy: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> EntropyScores:
+    """The entropy score of each completion: sure of its answer, exploring in its reasoning.
+
+        final_entropy = mean of H over the answer span
+        fork_entropy  = mean of the m largest H in the reasoning span,   m = max(1, floor(top_m * n)) or a count
+        score         = -final_entropy + fork_weight * fork_entropy                                        (nats)
+
+    The answer span runs from `answer_start` to the end, the reasoning span is all before it; n counts its tokens. The
+    top m are exact, ties included. An empty reasoning span has fork_entropy 0.
+
+    Args:
+        entropy: [B, T] with `completion_mask`, or [N] with `cu_seqlens`; nats, any floating dtype.
+        completion_mask: [B, T] bool, True counts. A completion reaches from its first True to its last; leading False
+            (a prompt) and holes (a tool's output) are allowed and never counted.
+        cu_seqlens: [B + 1] int32, offsets of packed completions: 0, ..., N.
+        answer_start: [B] integers, the answer's offset from the completion's first token. Negative, or not below the
+            completion's length, means that no answer was found.
+        fork_weight: lambda.
+        top_m: a float in (0, 1] is a share, taken as the decimal it is written as; an int is a count.
+        no_answer: "tail": the answer is then the last fifth, from 4 * length // 5 on; "exclude": it is invalid.
+        valid: [B] bool; False leaves a sequence out (a truncated one, say).
+        backend: as for `token_stats`. "torch" and the CPU go through the sequences one by one.
+
+    Returns:
+        EntropyScores(score, final_entropy, fork_entropy, valid), each [B]. Empty completions, and answer spans without
+        a counted token, are invalid; an invalid sequence has zeros. The score is a constant of the gradient: `entropy`
+        is detached.
+
+    Raises:
+        ValueError: an argument is not as above. `cu_seqlens` is looked at on the CPU; on a GPU it is clamped to [0, N].
+
+    Source: GEM (arXiv 2511.13007), Eq. 1.
+    """
+    if not isinstance(entropy, Tensor) or not entropy.is_floating_point():
+        arguments.fail("entropy", "a floating-point tensor", getattr(entropy, "dtype", type(entropy).__name__))
+    B = arguments.check_layout(entropy, "entropy", completion_mask, cu_seqlens)
+    arguments.check_tensor(
+        "answer_start", answer_start, shape=(B,), dtypes=(torch.int64, torch.int32), device=entropy.device
+    )
+    if valid is not None:
+        arguments.check_tensor("valid", valid, shape=(B,), dtypes=(torch.bool,), device=entropy.device)
+    arguments.check_number("fork_weight", fork_weight)
+    numerator, denominator = arguments.top_fraction(top_m)
+    arguments.check_choice("no_answer", no_answer, NO_ANSWER)
+    backend = arguments.check_backend(backend, entropy.device)
+    return EntropyScores(
+        *span_scores_op(
+            entropy.detach().float(),
+            completion_mask,
+            cu_seqlens,
+            answer_start,
+            valid,
+            float(fork_weight),
+            numerator,
+            denominator,
+            no_answer == "exclude",
+            backend,
+        )
+    )
+
+
+@torch.library.custom_op("gem_kernels::group_advantages", mutates_args=())
+def group_advantages_op(
+    scores: Tensor,
+    group_size: int,
+    valid: Optional[Tensor],  # noqa: UP045
+    mapping: str,
+    scale: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    if backend != "triton":
+        return _group_advantages_torch(scores, group_size, valid, mapping, scale, eps)
+
+    from .kernels import span_scores as kernels
+
+    advantages = torch.empty_like(scores)
+    if scores.numel() == 0:
+        return advantages
+    with torch.cuda.device_of(scores):
+        kernels.group_advantages[(scores.shape[0] // group_size,)](
+            advantages,
+            scores,
+            None if valid is None else valid.contiguous().view(torch.int8),
+            group_size,
+            eps,
+            MAPPING=MAPPINGS.index(mapping),
+            SCALE=scale == "group",
+            HAS_VALID=valid is not None,
+            BLOCK=max(2, 1 << (group_size - 1).bit_length()),
+            num_warps=1 if group_size <= 128 else 4,
+        )
+    return advantages
+
+
+@group_advantages_op.register_fake
+def _(scores, *args):
+    return torch.empty_like(scores)
+
+
+def _group_advantages_torch(scores, group_size, valid, mapping, scale, eps):
+    """[P, G] at once, with no wait for the device."""
+    s = scores.view(-1, group_size)
+    member = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.view(-1, group_size)
+    n = member.sum(1, keepdim=True)
+    outside = s.new_full((), -torch.inf)
+    if mapping == "identity":
+        r = s
+    elif mapping == "softmax":
+        r = torch.where(n > 0, torch.where(member, s, outside).softmax(1), 0.0)
+    else:
+        beats = (s[:, :, None] > s[:, None, :]).to(s.dtype) + 0.5 * (s[:, :, None] == s[:, None, :]).to(s.dtype)
+        r = ((beats * member[:, None, :]).sum(2) - 0.5) / (n - 1).clamp(min=1)
+    # Less the largest, so that equal members are exact zeros before the mean is taken.
+    top = torch.where(member, r, outside).amax(1, keepdim=True)
+    r = torch.where(member, r - top, 0.0)
+    a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    if scale == "group":
+        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
+    return torch.where(n > 1, a, 0.0).reshape(-1)
+
+
+def group_advantages(
+    scores: Tensor,
+    group_size: int,
+    *,
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    backend: str = "auto",
+) -> Tensor:
+    """A_i = f(S_i) - mean of f(S) over the valid members of i's group; optionally / (their standard deviation + eps).
+
+    Args:
+        scores: [B], any floating dtype; groups are runs of `group_size`.
+        group_size: G, a divisor of B.
+        valid: [B] bool; invalid members get 0 and are left out of mean and deviation.
+        mapping: f. "identity" (the paper); "softmax" over the group; "rank": the share of the other valid members that
+            i beats, ties counting half, in [0, 1].
+        scale: "none" (the paper only centres) or "group": divide by the sample standard deviation of f(S), plus eps.
+
+    Returns:
+        [B] float32, a constant of the gradient (`scores` is detached). Each group sums to zero. Equal scores, or fewer
+        than two valid members, give exact zeros.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Source: GEM (arXiv 2511.13007), Eq. 2; the scaled form is GRPO's (arXiv 2402.03300).
+    """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() != 1:
+        arguments.fail("scores", "a floating-point tensor [B]", getattr(scores, "shape", type(scores).__name__))
+    arguments.check_count("group_size", group_size)
+    if scores.shape[0] % group_size:
+        arguments.fail("group_size", f"a divisor of the number of scores, {scores.shape[0]}", group_size)
+    if valid is not None:
+        arguments.check_tensor("valid", valid, shape=scores.shape, dtypes=(torch.bool,), device=scores.device)
+    arguments.check_choice("mapping", mapping, MAPPINGS)
+    arguments.check_choice("scale", scale, SCALES)
+    arguments.check_number("eps", eps)
+    backend = arguments.check_backend(backend, scores.device)
+    scores = scores.detach().float().contiguous()
+    return group_advantages_op(scores, group_size, valid, mapping, scale, float(eps), backend)
+
+
+def counted_targets(targets: Tensor, completion_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """`targets`, with those that the mask leaves out replaced by `ignore_index`: their rows are then never read."""
+    return targets if completion_mask is None else targets.masked_fill(~completion_mask, ignore_index)
+
+
+def fused_entropy_score(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    group_size: int,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> EntropyScoreOutput:
+    """Logits -> log-probs, entropies, entropy scores and group advantages, from one read of the logits.
+
+    `token_stats`, then `entropy_scores`, then `group_advantages`; each argument and formula is explained there. Rows
+    that `completion_mask` leaves out are never read.
+
+    Args:
+        logits: [B, T, V] with `completion_mask` [B, T], or [N, V] with `cu_seqlens` [B + 1].
+        targets: [B, T] or [N].
+        answer_start: [B].
+        group_size: G; sequences of one prompt stand together.
+
+    Returns:
+        EntropyScoreOutput: score, final_entropy, fork_entropy, valid, advantages [B]; logprobs and entropy shaped like
+        `targets`. Gradients flow through logprobs and entropy; the rest are constants of the gradient.
+
+    Raises:
+        ValueError: an argument is not as the three functions ask.
+
+    Example:
+        >>> out = fused_entropy_score(logits, ids, completion_mask=mask, answer_start=start, group_size=8)
+        >>> loss = -(out.advantages[:, None] * out.logprobs).sum() / out.valid.sum()
+
+    Source: GEM (arXiv 2511.13007), Eq. 1 and 2.
+    """
+    arguments.check_logits(logits, targets)
+    arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
+    stats = token_stats(
+        logits,
+        counted_targets(targets, completion_mask, ignore_index),
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    scores = entropy_scores(
+        stats.entropy,
+        completion_mask=completion_mask,
+        cu_seqlens=cu_seqlens,
+        answer_start=answer_start,
+        fork_weight=fork_weight,
+        top_m=top_m,
+        no_answer=no_answer,
+        valid=valid,
+        backend=backend,
+    )
+    advantages = group_advantages(
+        scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend
+    )
+    return EntropyScoreOutput(
+        scores.score,
+        scores.final_entropy,
+        scores.fork_entropy,
+        scores.valid,
+        advantages,
+        stats.logprobs,
+        stats.entropy,
+    )
