@@ -107,7 +107,7 @@ def _span_scores_torch(
             m = top_numerator * len(reasoning) // top_denominator if top_denominator else top_numerator
             fork[i] = reasoning.topk(min(max(m, 1), len(reasoning)), sorted=False).values.double().mean()
         score[i] = fork_weight * fork[i] - final[i]
-    return tuple(x.to(entropy.device, torch.float32) for x in (score, final, fork)) + (ok.to(entropy.device),)
+    return (*tuple(x.to(entropy.device, torch.float32) for x in (score, final, fork)), ok.to(entropy.device))
 
 
 def entropy_scores(

@@ -19,12 +19,12 @@ BINS = tl.constexpr(256)
 def _ordered(x):
     """float32 -> uint32 of the same order: all bits of a negative are flipped, the sign bit of a positive."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _unordered(key):
-    bits = tl.where(key >> 31 == 1, key & 0x7FFFFFFF, ~key)
+    bits = tl.where(key >> 31 == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
