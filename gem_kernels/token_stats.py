@@ -143,7 +143,31 @@ def _backward_triton(grad, rows, targets, temperature, temperatures, softcap, ig
         )
 
 
-def _check_values(targets: Tensor, temperatures: Tensor | None, ignore_index: int, V: int) -> None:
+def rows_forward(rows, targets, temperature, temperatures, softcap, ignore_index, backend):
+    """[R1, R2, V] (see row_view), targets [N] int64 -> logprobs, entropy, row_max, log_sum [N]. Nothing is checked."""
+    if backend == "triton":
+        return _forward_triton(rows, targets, temperature, temperatures, softcap, ignore_index)
+    from .cpu import row_stats as cpu
+
+    tau = temperature if temperatures is None else temperatures
+    return cpu.row_stats_forward(rows, targets, tau, softcap, ignore_index, compiled=backend == "cpu")
+
+
+def rows_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, backend):
+    """Writes dL/drows into `grad` [R1, R2, V], which may be `rows`.
+
+    stats: row_max, log_sum, entropy, dL/dlogprobs, dL/dentropy, each [N] float32 and contiguous.
+    """
+    if backend == "triton":
+        _backward_triton(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats)
+        return
+    from .cpu import row_stats as cpu
+
+    tau = temperature if temperatures is None else temperatures
+    cpu.row_stats_backward(grad, rows, targets, tau, softcap, ignore_index, *stats, compiled=backend == "cpu")
+
+
+def check_values(targets: Tensor, temperatures: Tensor | None, ignore_index: int, V: int) -> None:
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= V))
@@ -169,18 +193,12 @@ def row_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32."""
-    _check_values(targets, temperatures, ignore_index, logits.shape[-1])
+    check_values(targets, temperatures, ignore_index, logits.shape[-1])
     rows = row_view(logits)
     if rows is None:
         rows = row_view(logits.contiguous())
     flat = targets.reshape(-1).to(torch.int64).contiguous()
-    if backend == "triton":
-        out = _forward_triton(rows, flat, temperature, temperatures, softcap, ignore_index)
-    else:
-        from .cpu import row_stats as cpu
-
-        tau = temperature if temperatures is None else temperatures
-        out = cpu.row_stats_forward(rows, flat, tau, softcap, ignore_index, compiled=backend == "cpu")
+    out = rows_forward(rows, flat, temperature, temperatures, softcap, ignore_index, backend)
     # Four results of their own: an operator may not return views of one buffer.
     return tuple(x.reshape(targets.shape).clone() for x in out)
 
@@ -198,15 +216,7 @@ def _backward_into(
         rows = row_view(logits.contiguous())
     flat = targets.reshape(-1).to(torch.int64).contiguous()
     stats = [x.reshape(-1).contiguous() for x in (row_max, log_sum, entropy, a, b)]
-    if backend == "triton":
-        _backward_triton(row_view(grad), rows, flat, temperature, temperatures, softcap, ignore_index, stats)
-    else:
-        from .cpu import row_stats as cpu
-
-        tau = temperature if temperatures is None else temperatures
-        cpu.row_stats_backward(
-            row_view(grad), rows, flat, tau, softcap, ignore_index, *stats, compiled=backend == "cpu"
-        )
+    rows_backward(row_view(grad), rows, flat, temperature, temperatures, softcap, ignore_index, stats, backend)
 
 
 @torch.library.custom_op("gem_kernels::row_stats_backward", mutates_args=())
