@@ -7,22 +7,34 @@ the SEGA loss (GEM, arXiv 2511.13007), without a second tensor of the size of th
     fused_entropy_score    the three in one
     sega_loss              logits -> the SEGA loss
 
+and from hidden states, where the logits never exist whole:
+
+    linear_token_stats, fused_linear_entropy_score, fused_linear_sega_loss
+    fused_linear_policy_loss    any loss of (logprob, entropy), gradients in one shot
+
 Importing this looks at no device, compiles nothing and needs torch alone; Triton is imported when a kernel runs.
 """
 
+from .linear_head import linear_token_stats
+from .linear_losses import fused_linear_policy_loss, fused_linear_sega_loss
 from .losses import sega_loss
-from .scores import entropy_scores, fused_entropy_score, group_advantages
+from .scores import entropy_scores, fused_entropy_score, fused_linear_entropy_score, group_advantages
 from .token_stats import token_stats
-from .types import EntropyScoreOutput, EntropyScores, SegaOutput, TokenStats
+from .types import EntropyScoreOutput, EntropyScores, PolicyLossOutput, SegaOutput, TokenStats
 
 __all__ = [
     "EntropyScoreOutput",
     "EntropyScores",
+    "PolicyLossOutput",
     "SegaOutput",
     "TokenStats",
     "entropy_scores",
     "fused_entropy_score",
+    "fused_linear_entropy_score",
+    "fused_linear_policy_loss",
+    "fused_linear_sega_loss",
     "group_advantages",
+    "linear_token_stats",
     "sega_loss",
     "token_stats",
 ]

@@ -61,13 +61,18 @@ class TokenRows:
     kept: Tensor | None
     """Indices of the rows that count among `total`, or None for all. Only on the CPU: a count would wait for a GPU."""
     total: int
+    ignore_index: int
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     def chunk(self, begin: int, end: int) -> tuple[Tensor, Tensor, float, Tensor | None]:
         temperatures = None if self.temperatures is None else self.temperatures[begin:end]
-        return self.hidden[begin:end], self.targets[begin:end], self.temperature, temperatures
+        hidden, targets = self.hidden[begin:end], self.targets[begin:end]
+        if hidden.is_cuda:
+            # Ignored rows are still here; whatever they hold must not reach dWeight as 0 * NaN.
+            hidden = hidden.masked_fill((targets == self.ignore_index)[:, None], 0.0)
+        return hidden, targets, self.temperature, temperatures
 
     def spread(self, values: Tensor) -> Tensor:
         """[len(self), ...] -> [total, ...], zeros where a row was dropped."""
@@ -119,8 +124,8 @@ def check_head(
     arguments.check_count("workspace_bytes", workspace_bytes)
     check_values(targets, rows, ignore_index, weight.shape[0])
     head = Head(
-        weight,
-        bias,
+        weight.detach(),
+        None if bias is None else bias.detach(),
         None if softcap is None else softcap / logit_scale,
         logits_dtype,
         ignore_index,
@@ -140,7 +145,7 @@ def token_rows(
         kept = (targets != head.ignore_index).nonzero()[:, 0]
         hidden, targets = hidden[kept], targets[kept]
         temperatures = None if temperatures is None else temperatures[kept]
-    return TokenRows(hidden, targets.contiguous(), temperature, temperatures, kept, total)
+    return TokenRows(hidden, targets.contiguous(), temperature, temperatures, kept, total, head.ignore_index)
 
 
 class Products:
@@ -257,8 +262,8 @@ def statistics_backward(rows, head, stats, grad_logprobs, grad_entropy, needs):
 class OneShot:
     """Statistics and gradients from one making of the logits: 3 G in all.
 
-    Call `statistics(begin, end)`, decide dL/dlogprob and dL/dentropy of these rows, call `gradients` with them; chunk after
-    chunk. `finish` gives the gradients. A chunk is at most head.rows_per_chunk rows.
+    Call `statistics(begin, end)`, decide dL/dlogprob and dL/dentropy of these rows, call `gradients` with
+    them; chunk after chunk. `finish` gives the gradients. A chunk is at most head.rows_per_chunk rows.
     """
 
     def __init__(self, rows: TokenRows, head: Head, needs: tuple[bool, bool, bool]):
@@ -331,15 +336,16 @@ def linear_token_stats(
 ) -> TokenStats:
     """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
 
-    Rows pass through one workspace of at most `workspace_bytes` (at least one row), whatever N. Forward costs one matrix
-    product of the whole size; backward makes the logits again and adds one product each for `hidden` and `weight`
-    (4 G in all, G = 2 N D V flop). A gradient that is not needed (a frozen head, say) costs neither memory nor product.
+    Rows pass through one workspace of at most `workspace_bytes` (at least one row), whatever N. Forward costs one
+    matrix product of the whole size; backward makes the logits again and adds one product each for `hidden` and
+    `weight` (4 G in all, G = 2 N D V flop). A gradient that is not needed (a frozen head, say) costs neither memory
+    nor product.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16.
         weight: [V, D], the same dtype. Its gradient gathers in float32.
-        targets: [...], int64 or int32, in [0, V) or `ignore_index`. On the CPU ignored rows are dropped before the product; on
-            a GPU their product is made but not read (a count of them would wait for the device).
+        targets: [...], int64 or int32, in [0, V) or `ignore_index`. On the CPU ignored rows are dropped before the
+            product; on a GPU their product is made but not read (a count of them would wait for the device).
         bias: [V], the same dtype, or None; -inf masks a word.
         logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
         logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not

@@ -13,7 +13,7 @@ from .types import SegaOutput
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 
 
-def _token_counts(targets, completion_mask, cu_seqlens, ignore_index) -> Tensor:
+def token_counts(targets, completion_mask, cu_seqlens, ignore_index) -> Tensor:
     """Tokens that count in each sequence, [B] float32."""
     kept = targets != ignore_index
     if completion_mask is not None:
@@ -32,7 +32,7 @@ def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, 
     return values[sequence.clamp(max=values.shape[0] - 1)]
 
 
-def _sequence_weights(counts, valid, loss_type, max_completion_length, denominator) -> Tensor:
+def sequence_weights(counts, valid, loss_type, max_completion_length, denominator) -> Tensor:
     """c_i / Z, [B] float32; 0 for invalid sequences and where Z is 0."""
     if denominator is not None:
         Z = torch.as_tensor(denominator, dtype=torch.float32, device=counts.device)
@@ -46,7 +46,7 @@ def _sequence_weights(counts, valid, loss_type, max_completion_length, denominat
     return torch.where(valid & (Z != 0), c / torch.where(Z == 0, 1.0, Z), 0.0)
 
 
-def _check_loss(loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, dev):
+def check_loss(loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, dev):
     arguments.check_choice("loss_type", loss_type, LOSS_TYPES)
     if max_completion_length is not None:
         arguments.check_count("max_completion_length", max_completion_length)
@@ -131,7 +131,7 @@ def sega_loss(
     """
     arguments.check_logits(logits, targets)
     B = arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
-    _check_loss(
+    check_loss(
         loss_type,
         max_completion_length,
         denominator,
@@ -170,8 +170,8 @@ def sega_loss(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend
         )
     advantages = torch.where(scores.valid, advantages.float(), 0.0)
-    counts = _token_counts(targets, completion_mask, cu_seqlens, ignore_index)
-    weights = _sequence_weights(counts, scores.valid, loss_type, max_completion_length, denominator)
+    counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
+    weights = sequence_weights(counts, scores.valid, loss_type, max_completion_length, denominator)
     # Ignored tokens have logprob 0 and gradient 0 already.
     weights = _per_token(-advantages * weights, targets, completion_mask, cu_seqlens)
     return SegaOutput(

@@ -66,7 +66,18 @@ class SegaOutput:
     advantages: Tensor
     logprobs: Tensor
     entropy: Tensor
+    path: str = "logits"
+    """How the gradients were made: "logits", "one_shot" (3 G) or "two_phase" (4 G); G = 2 N D V flop."""
 
 
-for _type in (TokenStats, EntropyScores, EntropyScoreOutput, SegaOutput):
+@dataclass(frozen=True)
+class PolicyLossOutput:
+    """A loss of log-probs and entropies (a scalar that backward starts from) and both, detached."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+for _type in (TokenStats, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):
     torch.utils._pytree.register_dataclass(_type, field_names=[f.name for f in dataclasses.fields(_type)])

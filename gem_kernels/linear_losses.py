@@ -1,0 +1,406 @@
+"""Losses from hidden states, in one shot where that is possible: the gradients are made while the logits are there.
+
+A loss of (logprob, entropy) of each token needs the logits for nothing else, so autograd on these two vectors gives
+dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logits: 3 G instead of 4 G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .linear_head import (
+    WORKSPACE_BYTES,
+    Head,
+    OneShot,
+    TokenRows,
+    check_head,
+    statistics,
+    statistics_backward,
+    token_rows,
+)
+from .losses import check_loss, sequence_weights, token_counts
+from .scores import counted_targets, entropy_scores, group_advantages
+from .types import PolicyLossOutput, SegaOutput
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Precomputed(torch.autograd.Function):
+    """A loss whose gradients were made with it. Backward multiplies them, in place, by the scalar that comes."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, loss, gradients):
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a fused linear loss are used up by its first backward; call it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients]
+        return (*scaled, None, None)
+
+
+def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    on = torch.is_grad_enabled()
+    return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+
+
+def _attach(hidden, weight, bias, loss: Tensor, rows: TokenRows, gradients: Gradients) -> Tensor:
+    grad_hidden = gradients[0]
+    if grad_hidden is not None:
+        grad_hidden = rows.spread(grad_hidden).view(hidden.shape)
+    return _Precomputed.apply(hidden, weight, bias, loss, (grad_hidden, *gradients[1:]))
+
+
+# Any loss of (logprob, entropy).
+
+
+@torch.compiler.disable
+def fused_linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: Callable[..., Tensor],
+    *,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
+
+        L = sum over chunks of token_loss(logprobs, entropy, **token_inputs)
+
+    `token_loss` is written in plain torch; autograd on its two vectors gives what the head's backward needs, so loss
+    and gradients of hidden, weight and bias cost three matrix products (3 G), and the logits are never whole. Policy
+    gradients with clipping, KL to a reference, entropy bonuses and cross entropy are all of this form.
+
+    Args:
+        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These and the options: `linear_token_stats`.
+        token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
+            over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. On the CPU it
+            does not see ignored tokens; on a GPU it sees them with logprob and entropy 0, and drops their gradient.
+        token_inputs: tensors shaped [..., *] like `targets` in their leading axes (old log-probs, advantages, masks);
+            the rows of the chunk are passed by keyword. They get no gradient.
+
+    Returns:
+        PolicyLossOutput(loss, logprobs, entropy): `loss` a float32 scalar, differentiable once in hidden, weight and
+        bias; the others detached, shaped like `targets`.
+
+    Raises:
+        ValueError: an argument is not as above, or token_loss returns something other than a scalar.
+
+    Example:
+        >>> def loss(logprobs, entropy, old, advantages):
+        ...     ratio = (logprobs - old).exp()
+        ...     clipped = ratio.clamp(0.8, 1.2)
+        ...     return -torch.min(ratio * advantages, clipped * advantages).sum() / total_tokens
+        >>> out = fused_linear_policy_loss(h, w, ids, loss, token_inputs={"old": old, "advantages": adv})
+        >>> out.loss.backward()
+    """
+    head, number, taus = check_head(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        logits_dtype,
+        workspace_bytes,
+        backend,
+    )
+    if not callable(token_loss):
+        arguments.fail(
+            "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
+        )
+    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    inputs = _flat_inputs(token_inputs or {}, targets, rows)
+    shot = OneShot(rows, head, _needs(hidden, weight, bias))
+    loss = torch.zeros((), device=hidden.device)
+    out = torch.zeros(2, len(rows), device=hidden.device)
+    for begin in range(0, len(rows), head.rows_per_chunk):
+        end = min(begin + head.rows_per_chunk, len(rows))
+        out[:, begin:end] = torch.stack(shot.statistics(begin, end))
+        logprobs, entropy = (x[begin:end].detach().clone() for x in out)
+        part, a, b = _token_gradients(token_loss, logprobs, entropy, {k: v[begin:end] for k, v in inputs.items()})
+        loss += part
+        shot.gradients(entropy, a, b)
+    loss = _attach(hidden, weight, bias, loss, rows, shot.finish())
+    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out))
+
+
+def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: TokenRows) -> dict[str, Tensor]:
+    flat = {}
+    for name, value in token_inputs.items():
+        arguments.check_tensor(f"token_inputs[{name!r}]", value, device=targets.device)
+        if value.shape[: targets.dim()] != targets.shape:
+            arguments.fail(f"token_inputs[{name!r}]", f"of shape {tuple(targets.shape)} + (...)", tuple(value.shape))
+        if value.requires_grad:
+            arguments.fail(f"token_inputs[{name!r}]", "without requires_grad (it gets no gradient; detach it)", "True")
+        value = value.reshape(-1, *value.shape[targets.dim() :])
+        flat[name] = value if rows.kept is None else value[rows.kept]
+    return flat
+
+
+def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a chunk, and its gradient with respect to logprobs and entropy."""
+    with torch.enable_grad():
+        logprobs.requires_grad_()
+        entropy.requires_grad_()
+        loss = token_loss(logprobs, entropy, **inputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            arguments.fail(
+                "token_loss", "a function that returns a scalar", getattr(loss, "shape", type(loss).__name__)
+            )
+        loss = loss.reshape(())
+        if loss.requires_grad:
+            a, b = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
+        else:
+            a = b = None
+    logprobs.requires_grad_(False)
+    entropy.requires_grad_(False)
+    zeros = torch.zeros_like(logprobs)
+    return loss.detach(), zeros if a is None else a, zeros if b is None else b
+
+
+# SEGA.
+
+
+@torch.compiler.disable
+def fused_linear_sega_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor | None = None,
+    group_size: int | None = None,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    advantages: Tensor | None = None,
+    loss_type: str = "sum",
+    max_completion_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str = "auto",
+) -> SegaOutput:
+    """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
+
+    SEGA's advantages are constants made from the entropies of the very logits they weigh. So where the logits of each
+    prompt's candidates fit the workspace together, or the advantages are given, a chunk goes from product to gradients
+    at once (`path` "one_shot", 3 G); otherwise the logits are made twice ("two_phase", 4 G). Both give the same
+    numbers.
+
+    Args:
+        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
+        weight: [V, D]; bias [V] or None. targets: [B, T] or [N].
+        The rest: as for `sega_loss` and `linear_token_stats`.
+
+    Returns:
+        SegaOutput(loss, ..., path): `loss` a float32 scalar, differentiable once in hidden, weight and bias; its
+        gradients are in memory from forward on, and backward scales them in place.
+
+    Raises:
+        ValueError: an argument is not as those functions ask.
+
+    On a GPU nothing waits for the device, but for one case: packed sequences without given advantages copy
+    `cu_seqlens` to the host, to find the groups' bounds.
+
+    Source: GEM (arXiv 2511.13007), Eq. 2.
+    """
+    if isinstance(targets, Tensor):
+        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
+        targets = counted_targets(targets, completion_mask, ignore_index)
+    head, number, taus = check_head(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        logits_dtype,
+        workspace_bytes,
+        backend,
+    )
+    batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
+    check_loss(
+        loss_type,
+        max_completion_length,
+        denominator,
+        advantages,
+        group_size,
+        answer_start,
+        no_answer,
+        batch.B,
+        targets.device,
+    )
+    if advantages is None and batch.B % group_size:
+        arguments.fail("group_size", f"a divisor of the number of sequences, {batch.B}", group_size)
+    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
+    is_valid = batch.scores(torch.zeros(targets.shape, device=targets.device)).valid
+    counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
+    weights = sequence_weights(counts, is_valid, loss_type, max_completion_length, denominator)
+    needs = _needs(hidden, weight, bias)
+    group = {"mapping": mapping, "scale": scale, "eps": eps, "backend": backend}
+    if advantages is not None:
+        advantages = torch.where(is_valid, advantages.float(), 0.0)
+        bounds = None
+    else:
+        bounds = batch.group_bounds(group_size, rows)
+    if bounds is not None and max((e - b for b, e in zip(bounds, bounds[1:])), default=0) > head.rows_per_chunk:
+        path, run = "two_phase", _two_phase
+    else:
+        path, run = "one_shot", _one_shot
+    logprobs, entropy, advantages, loss, gradients = run(
+        batch, rows, head, weights, advantages, bounds, group_size, group, needs
+    )
+    scores = batch.scores(entropy)
+    loss = _attach(hidden, weight, bias, loss, rows, gradients)
+    return SegaOutput(
+        loss,
+        scores.score,
+        scores.final_entropy,
+        scores.fork_entropy,
+        scores.valid,
+        advantages,
+        logprobs,
+        entropy,
+        path,
+    )
+
+
+class _Batch:
+    """The sequences of a call, in either layout."""
+
+    def __init__(
+        self, targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend
+    ):
+        self.targets, self.completion_mask, self.cu_seqlens = targets, completion_mask, cu_seqlens
+        self.B = targets.shape[0] if completion_mask is not None else cu_seqlens.shape[0] - 1
+        if answer_start is None:
+            answer_start = torch.full((self.B,), -1, dtype=torch.int64, device=targets.device)
+        self.answer_start, self.valid = answer_start, valid
+        self.options = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "backend": backend}
+
+    def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None):
+        """EntropyScores of sequences [begin, end), from the entropies of all tokens."""
+        end = self.B if end is None else end
+        part = {
+            "answer_start": self.answer_start[begin:end],
+            "valid": None if self.valid is None else self.valid[begin:end],
+        }
+        if self.completion_mask is not None:
+            return entropy_scores(
+                entropy[begin:end], completion_mask=self.completion_mask[begin:end], **part, **self.options
+            )
+        if (begin, end) == (0, self.B):
+            return entropy_scores(entropy, cu_seqlens=self.cu_seqlens, **part, **self.options)
+        cu_seqlens = self.cu_seqlens[begin : end + 1]
+        first, last = self.host_offsets[begin], self.host_offsets[end]
+        return entropy_scores(entropy[first:last], cu_seqlens=cu_seqlens - first, **part, **self.options)
+
+    def sequence_of(self, rows: TokenRows) -> Tensor:
+        """The sequence each of the rows is in."""
+        token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
+        if self.completion_mask is not None:
+            return token // max(1, self.targets.shape[1])
+        ends = self.cu_seqlens[1:].long().contiguous()
+        return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
+
+    def group_bounds(self, group_size: int, rows: TokenRows) -> list[int]:
+        """Rows at which groups begin, and where the last ends."""
+        if self.completion_mask is not None:
+            T = self.targets.shape[1]
+            bounds = [s * T for s in range(0, self.B + 1, group_size)]
+        else:
+            self.host_offsets = self.cu_seqlens.tolist()
+            bounds = self.host_offsets[::group_size]
+        if rows.kept is not None:
+            bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
+        return bounds
+
+
+def _merged(bounds: list[int], rows_per_chunk: int) -> list[tuple[int, int]]:
+    """Runs of groups [g, h) whose rows fit one chunk."""
+    runs, begin = [], 0
+    for g in range(1, len(bounds)):
+        if bounds[g] - bounds[begin] > rows_per_chunk:
+            runs.append((begin, g - 1))
+            begin = g - 1
+    if begin < len(bounds) - 1:
+        runs.append((begin, len(bounds) - 1))
+    return runs
+
+
+def _one_shot(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    shot = OneShot(rows, head, needs)
+    sequence = batch.sequence_of(rows)
+    given = advantages is not None
+    logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
+    all_entropy = torch.zeros(rows.total, device=weights.device)
+    loss = torch.zeros((), device=weights.device)
+    if given:
+        step = head.rows_per_chunk
+        chunks = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
+    else:
+        advantages = torch.zeros_like(weights)
+        chunks = [
+            (bounds[g], bounds[h], (g * group_size, h * group_size)) for g, h in _merged(bounds, head.rows_per_chunk)
+        ]
+    for begin, end, sequences in chunks:
+        if begin == end:
+            continue
+        logprobs[begin:end], entropy[begin:end] = shot.statistics(begin, end)
+        if not given:
+            at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
+            all_entropy[at] = entropy[begin:end]
+            scores = batch.scores(all_entropy.view(batch.targets.shape), *sequences)
+            part = group_advantages(scores.score, group_size, valid=scores.valid, **group)
+            advantages[sequences[0] : sequences[1]] = part
+        a = (-advantages * weights)[sequence[begin:end]]
+        loss += (a * logprobs[begin:end]).sum()
+        shot.gradients(entropy[begin:end], a, torch.zeros_like(a))
+    spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
+    return *spread, advantages, loss, shot.finish()
+
+
+def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    stats = statistics(rows, head)
+    logprobs, entropy = (rows.spread(x).view(batch.targets.shape) for x in stats[:2])
+    scores = batch.scores(entropy)
+    advantages = group_advantages(scores.score, group_size, valid=scores.valid, **group)
+    a = (-advantages * weights)[batch.sequence_of(rows)]
+    loss = (a * stats[0]).sum()
+    gradients = (None, None, None)
+    if any(needs):
+        gradients = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)
+    return logprobs, entropy, advantages, loss, gradients
