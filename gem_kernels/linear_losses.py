@@ -6,6 +6,7 @@ dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -276,7 +277,7 @@ def fused_linear_sega_loss(
         bounds = None
     else:
         bounds = batch.group_bounds(group_size, rows)
-    if bounds is not None and max((e - b for b, e in zip(bounds, bounds[1:])), default=0) > head.rows_per_chunk:
+    if bounds is not None and max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
         path, run = "two_phase", _two_phase
     else:
         path, run = "one_shot", _one_shot
