@@ -96,7 +96,7 @@ def prompt_cache(model: PreTrainedModel, batch: CompletionBatch) -> DynamicCache
 
 def can_share_prompt(model: PreTrainedModel) -> bool:
     """True where a plain cache of keys and values can be repeated and trained through."""
-    if getattr(model, "is_gradient_checkpointing", False) and model.training:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)

