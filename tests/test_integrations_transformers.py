@@ -55,6 +55,15 @@ ARCHITECTURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """For models this small a second thread only waits: on 2 busy cores a backward took half a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(name: str = "llama", tied: bool = False, seed: int = 0, **extra) -> transformers.PreTrainedModel:
     model_type, shape, _ = ARCHITECTURES[name]
     config = transformers.AutoConfig.for_model(model_type, **shape, tie_word_embeddings=tied, **extra)
@@ -341,7 +350,9 @@ class TestPeft:
 DISTRIBUTED = """
 import os, sys, warnings
 import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 import test_integrations_transformers as t
 
@@ -419,6 +430,16 @@ assert hidden.dtype == head.weight.dtype == torch.bfloat16, (hidden.dtype, head.
 own = model(input_ids=ids, attention_mask=mask).logits
 torch.testing.assert_close(head.logits(hidden).float(), own, rtol=2**-7, atol=2**-6)
 print("fsdp2 mixed precision ok", flush=True)
+
+mesh = init_device_mesh("cpu", (world,))
+model = t.build("llama")
+model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+try:
+    t.causal_lm_head(model)
+except ValueError as error:
+    assert "no tensor parallelism" in str(error)
+else:
+    raise AssertionError("a tensor-parallel head was accepted")
 
 squashed = t.SquashedLlama(t.transformers.LlamaConfig(**t.SHAPE))
 try:

@@ -234,15 +234,15 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 def _head(parts: _Parts) -> Head:
     linear = parts.linear
-    if isinstance(linear.weight, DTensor) and (owner := _sharded_owner(parts)) is not None:
-        owner.unshard()
+    if isinstance(linear.weight, DTensor):
+        _sharded_owner(parts).unshard()
     for parameter in (linear.weight, linear.bias):
         if isinstance(parameter, DTensor):
-            arguments.fail("model", "sharded by fully_shard alone (no tensor parallelism)", parameter.placements)
+            _refuse_sharding(parameter)
     return Head(linear.weight, linear.bias, parts.softcap, parts.logit_scale)
 
 
-def _sharded_owner(parts: _Parts) -> FSDPModule | None:
+def _sharded_owner(parts: _Parts) -> FSDPModule:
     """The module whose FSDP2 group holds the head: the closest one at or above it.
 
     Its unsharded parameter is used, and not `full_tensor()`: the gradient of that one would have to be averaged here,
@@ -251,9 +251,14 @@ def _sharded_owner(parts: _Parts) -> FSDPModule | None:
     name = next(name for name, module in parts.inner.named_modules() if module is parts.linear)
     while not isinstance(module := parts.inner.get_submodule(name), FSDPModule):
         if not name:
-            return None
+            _refuse_sharding(parts.linear.weight)
         name = name.rpartition(".")[0]
     return module
+
+
+def _refuse_sharding(weight: DTensor) -> None:
+    expected = "a model whose head is whole or sharded by fully_shard alone (no tensor parallelism)"
+    arguments.fail("model", expected, f"a weight placed {weight.placements} on {weight.device_mesh}")
 
 
 class _Capture(nn.Module):
@@ -262,7 +267,7 @@ class _Capture(nn.Module):
 
     def __init__(self, head_module: nn.Module, through: float | None = None):
         super().__init__()
-        self.__dict__["head_module"] = head_module  # not a submodule: it keeps its one place in the model
+        self.head_module = head_module  # a submodule: FSDP2 looks for its modules during the first forward
         self.through = through
         self.hidden: list[Tensor] = []
         self.head_dtype: torch.dtype | None = None
@@ -281,7 +286,7 @@ class _Capture(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["head_module"], name)  # some forwards ask for the weight's dtype
+            return getattr(self._modules["head_module"], name)  # some forwards ask for the weight's dtype
 
     def check_called_once(self, parts: _Parts) -> None:
         if len(self.hidden) != 1:
@@ -329,6 +334,8 @@ def _verify_once(parts: _Parts) -> None:
 def _verify(parts: _Parts) -> None:
     # One forward gives both the hidden states and the logits, so no dropout lies between the two; eval mode besides,
     # so that the caller's random numbers are not consumed. The flags are set one by one: train() may do more.
+    if isinstance(parts.linear.weight, DTensor):
+        _sharded_owner(parts)  # refuses other sharding before a forward that would fail on it
     capture = _Capture(parts.head_module, through=parts.logit_scale)
     training = [module for module in parts.inner.modules() if module.training]
     for module in training:
