@@ -7,16 +7,19 @@ row kernels work on it in place. With G = 2 N D V flop: statistics 1 G; their ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, vocab_parallel
 from .token_stats import check_values, rows_backward, rows_forward
 from .types import TokenStats
 
 WORKSPACE_BYTES = 128 * 2**20
+# A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
+WORKSPACE_BYTES_CPU = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Head:
     ignore_index: int
     backend: str
     workspace_bytes: int
+    shards: vocab_parallel.Shards | None = None
+    """Where `weight` is one shard of several. Then `ignore_index` is that of local targets."""
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -43,7 +48,7 @@ class Head:
 
     @property
     def rows_per_chunk(self) -> int:
-        V = self.weight.shape[0]
+        V = self.weight.shape[0] if self.shards is None else self.shards.largest
         bytes_per_logit = self.logits_dtype.itemsize
         if self.gradient_dtype != self.logits_dtype:
             bytes_per_logit += self.gradient_dtype.itemsize
@@ -97,8 +102,56 @@ def check_head(
     logits_dtype,
     workspace_bytes,
     backend,
+    process_group=None,
+    vocab_starts=None,
 ) -> tuple[Head, float, Tensor | None]:
     """-> the head, and the temperature of the unscaled product: a number, or one for each row."""
+    sharded = vocab_parallel.check_group(process_group, vocab_starts) > 1
+    try:
+        head, number, rows = _check_own(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            softcap,
+            logit_scale,
+            ignore_index,
+            logits_dtype,
+            workspace_bytes,
+            backend,
+        )
+    except ValueError:
+        if sharded:
+            vocab_parallel.meet(process_group, vocab_starts, None, targets, ignore_index)
+        raise
+    V = weight.shape[0]
+    if sharded:
+        needs_hidden = hidden.requires_grad and torch.is_grad_enabled()
+        dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
+        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, workspace_bytes, ignore_index)
+        shards = vocab_parallel.meet(process_group, vocab_starts, facts, targets, ignore_index)
+        head, V = replace(head, shards=shards, ignore_index=vocab_parallel.IGNORED), shards.starts[-1]
+    elif vocab_starts is not None and vocab_starts[1] != V:
+        arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", vocab_starts)
+    check_values(targets, rows, ignore_index, V)
+    return head, number / logit_scale, None if rows is None else rows / logit_scale
+
+
+def _check_own(
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    logits_dtype,
+    workspace_bytes,
+    backend,
+) -> tuple[Head, float, Tensor | None]:
+    """`check_head` of what this rank holds, but for the values inside tensors; the temperature as it was given."""
     arguments.check_tensor("hidden", hidden, dtypes=arguments.LOGIT_DTYPES)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         arguments.fail("hidden", "of shape [..., D] with D at least 1", tuple(hidden.shape))
@@ -121,8 +174,9 @@ def check_head(
         logits_dtype = hidden.dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
     arguments.check_count("workspace_bytes", workspace_bytes)
-    check_values(targets, rows, ignore_index, weight.shape[0])
     head = Head(
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -132,7 +186,7 @@ def check_head(
         arguments.check_backend(backend, hidden.device),
         workspace_bytes,
     )
-    return head, number / logit_scale, None if rows is None else rows / logit_scale
+    return head, number, rows
 
 
 def token_rows(
@@ -140,6 +194,8 @@ def token_rows(
 ) -> TokenRows:
     """Flattens; on the CPU rows that are ignored are dropped, before any product."""
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
+    if head.shards is not None:
+        targets = head.shards.local_targets(targets)
     total, kept = hidden.shape[0], None
     if hidden.device.type == "cpu" and bool((targets == head.ignore_index).any()):
         kept = (targets != head.ignore_index).nonzero()[:, 0]
@@ -168,6 +224,7 @@ class Products:
         self.grad_weight = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
         self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * self.D)))
+        self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
 
     def _slices(self):
         return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
@@ -199,14 +256,19 @@ class Products:
             self.grad_bias += gradient.sum(0, dtype=torch.float32)
 
     def _hidden(self, gradient: Tensor, out: Tensor) -> None:
-        weight = self.head.weight
-        if gradient.dtype == weight.dtype:
+        weight, total = self.head.weight, out
+        if gradient.dtype == weight.dtype and (self.reduction is None or weight.dtype == torch.float32):
             torch.mm(gradient, weight, out=out)
-            return
-        total = torch.zeros(out.shape, device=out.device)
-        for v, w in self._slices():
-            total.addmm_(gradient[:, v:w], weight[v:w].float())
-        out.copy_(total)
+        elif gradient.is_cuda:
+            total = torch.mm(gradient, weight, out_dtype=torch.float32)
+        else:
+            total = torch.zeros(out.shape, device=out.device)
+            for v, w in self._slices():
+                total.addmm_(gradient[:, v:w].float(), weight[v:w].float())
+        if self.reduction is not None:
+            self.reduction.start(total, out)
+        elif total is not out:
+            out.copy_(total)
 
     def _weight(self, gradient: Tensor, hidden: Tensor) -> None:
         if not gradient.is_cuda:
@@ -223,7 +285,9 @@ class Products:
                 self.grad_weight[v:w] += torch.mm(gradient[:, v:w].t(), hidden, out_dtype=torch.float32)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """grad_weight and grad_bias in the head's dtype."""
+        """grad_weight and grad_bias in the head's dtype. Until here the last grad_hidden may be on its way."""
+        if self.reduction is not None:
+            self.reduction.finish()
         dtype = self.head.weight.dtype
         return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
 
@@ -239,6 +303,8 @@ def statistics(rows: TokenRows, head: Head) -> tuple[Tensor, Tensor, Tensor, Ten
         stats = rows_forward(logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
         for row, values in zip(out, stats):
             row[begin:end] = values
+    if head.shards is not None:
+        head.shards.merge_all(out, rows.targets, rows.temperature, rows.temperatures, head.workspace_bytes)
     return tuple(out)
 
 
@@ -277,9 +343,10 @@ class OneShot:
         self.at = (begin, end)
         hidden, targets, tau, taus = self.rows.chunk(begin, end)
         self.logits = self.products.logits(hidden)
-        logprobs, entropy, self.row_max, self.log_sum = rows_forward(
-            self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend
-        )
+        stats = rows_forward(self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
+        if head.shards is not None:
+            stats = head.shards.merge(stats, targets, tau, taus)
+        logprobs, entropy, self.row_max, self.log_sum = stats
         return logprobs, entropy
 
     def gradients(self, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
@@ -331,7 +398,9 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
@@ -350,14 +419,22 @@ def linear_token_stats(
         logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
         logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
             rounded (`mm` with `out_dtype` on a GPU).
-        workspace_bytes: the bound, in bytes.
+        workspace_bytes: the bound, in bytes. None: 128 MiB on a GPU, 64 MiB on a CPU.
+        process_group: of ranks that share the vocabulary: `weight` (and `bias`) are this rank's rows of it, in the
+            order of the ranks; shards may differ in size. `hidden` and `targets` (ids of the whole vocabulary), like
+            every other argument, are the same on all ranks, and all ranks make the same calls in the same order,
+            backward included. Results are the same on all ranks, to the bit. The gradient of `hidden` is that of the
+            whole vocabulary, on every rank; those of weight and bias are this shard's. One all_gather of 4 numbers a
+            row; one all_reduce of the gradient of `hidden` a chunk. None, or a group of one: no shards.
+        vocab_starts: the first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange
+            their sizes and compare their arguments, at the start of each call (on a GPU that waits for the device).
         temperature, softcap, ignore_index, backend: as for `token_stats`.
 
     Returns:
         TokenStats(logprobs, entropy), shaped like `targets`, float32; differentiable in hidden, weight and bias, once.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument is not as above. Of shards without `vocab_starts`, on all ranks if it is on one.
 
     Example:
         >>> out = linear_token_stats(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
@@ -375,5 +452,7 @@ def linear_token_stats(
         logits_dtype,
         workspace_bytes,
         backend,
+        process_group,
+        vocab_starts,
     )
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, number, rows, head))

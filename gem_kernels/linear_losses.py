@@ -7,14 +7,13 @@ dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import arguments
 from .linear_head import (
-    WORKSPACE_BYTES,
     Head,
     OneShot,
     TokenRows,
@@ -44,8 +43,19 @@ class _Precomputed(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a fused linear loss are used up by its first backward; call it again")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients]
-        return (*scaled, None, None)
+        return (*(None if g is None else _scale(g, upstream) for g in gradients), None, None)
+
+
+def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient *= upstream, multiplied in float32: a loss scale of 2^16 does not exist in float16."""
+    if upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return gradient
+    if gradient.dtype == torch.float32:
+        return gradient.mul_(upstream)
+    # Of shape [1], not a scalar: it then takes part in type promotion. In parts, for the CPU makes float32 copies.
+    for part in gradient.split(max(1, (1 << 22) * gradient.shape[0] // max(1, gradient.numel()))):
+        part.mul_(upstream.reshape(1))
+    return gradient
 
 
 def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -77,7 +87,9 @@ def fused_linear_policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
@@ -123,6 +135,8 @@ def fused_linear_policy_loss(
         logits_dtype,
         workspace_bytes,
         backend,
+        process_group,
+        vocab_starts,
     )
     if not callable(token_loss):
         arguments.fail(
@@ -208,7 +222,9 @@ def fused_linear_sega_loss(
     max_completion_length: int | None = None,
     denominator: float | Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> SegaOutput:
     """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
@@ -250,6 +266,8 @@ def fused_linear_sega_loss(
         logits_dtype,
         workspace_bytes,
         backend,
+        process_group,
+        vocab_starts,
     )
     batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
     check_loss(

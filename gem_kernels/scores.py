@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Optional
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import arguments
-from .linear_head import WORKSPACE_BYTES, linear_token_stats
+from .linear_head import linear_token_stats
 from .token_stats import token_stats
 from .types import EntropyScoreOutput, EntropyScores, TokenStats
 
@@ -391,7 +393,9 @@ def fused_linear_entropy_score(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> EntropyScoreOutput:
     """`fused_entropy_score` from hidden states: the logits never exist whole.
@@ -422,6 +426,8 @@ def fused_linear_entropy_score(
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes,
+        process_group=process_group,
+        vocab_starts=vocab_starts,
         backend=backend,
     )
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
