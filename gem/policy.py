@@ -1,4 +1,7 @@
-"""The one place where the model runs forward: completions -> logits -> token statistics or the SEGA loss.
+"""The one place where the model runs forward: completions -> hidden states -> token statistics or the SEGA loss.
+
+The logits never exist: the head goes to the fused kernels, once it has been checked against the model's own logits (before
+its first use on a model).
 
 The G completions of a prompt share it, so the prompt runs once: its keys and values are repeated for the completions,
 and gradients flow back through them. With prompts as long as answers and G = 4 that is 2.5 times fewer tokens. Where
@@ -16,14 +19,24 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gem.data import CompletionBatch
-from gem_kernels import SegaOutput, TokenStats, sega_loss, token_stats
+from gem_kernels import SegaOutput, TokenStats, fused_linear_sega_loss, linear_token_stats
+from gem_kernels.integrations.transformers import Head, hidden_states_and_head
 
 
 def completion_stats(model: PreTrainedModel, batch: CompletionBatch, *, temperature: float = 1.0) -> TokenStats:
     """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
     batch = on_device(batch, model.device)
     targets = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
-    return token_stats(completion_logits(model, batch), targets, temperature=temperature)
+    hidden, head = completion_hidden(model, batch)
+    return linear_token_stats(
+        hidden,
+        head.weight,
+        targets,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        temperature=temperature,
+    )
 
 
 def completion_sega_loss(
@@ -37,11 +50,16 @@ def completion_sega_loss(
     max_completion_length: int,
     temperature: float = 1.0,
 ) -> SegaOutput:
-    """gem_kernels.sega_loss of a micro-batch, with advantages [B] and the whole step's `denominator` given."""
+    """The SEGA loss of a micro-batch, in one shot: advantages [B] and the whole step's `denominator` are given."""
     batch = on_device(batch, model.device)
-    return sega_loss(
-        completion_logits(model, batch),
+    hidden, head = completion_hidden(model, batch)
+    return fused_linear_sega_loss(
+        hidden,
+        head.weight,
         batch.completion_ids,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
         completion_mask=batch.completion_mask,
         advantages=advantages.to(model.device),
         valid=valid.to(model.device),
@@ -49,12 +67,11 @@ def completion_sega_loss(
         max_completion_length=max_completion_length,
         denominator=denominator,
         temperature=temperature,
-        inplace_backward=True,
     )
 
 
-def completion_logits(model: PreTrainedModel, batch: CompletionBatch) -> torch.Tensor:
-    """Logits [B, T, V]; row t predicts completion token t from the prompt and the completion before it."""
+def completion_hidden(model: PreTrainedModel, batch: CompletionBatch) -> tuple[torch.Tensor, Head]:
+    """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it."""
     width = batch.completion_ids.shape[1]
     prompt_ids = batch.prompt_ids.repeat_interleave(batch.num_generations, 0)
     prompt_mask = batch.prompt_mask.repeat_interleave(batch.num_generations, 0)
@@ -66,15 +83,17 @@ def completion_logits(model: PreTrainedModel, batch: CompletionBatch) -> torch.T
     cache = prompt_cache(model, batch) if can_share_prompt(model) and batch.num_generations > 1 and shared else None
     if cache is None:
         shared = 0
-    return forward(
+    keep = {"logits_to_keep": width} if keeps_logits(model) else {}
+    hidden, head = hidden_states_and_head(
         model,
-        width,
-        input_ids=input_ids[:, shared:],
-        position_ids=position_ids[:, shared:],
-        attention_mask=mask.long(),
+        input_ids[:, shared:],
+        mask.long(),
+        position_ids[:, shared:],
         past_key_values=cache,
         use_cache=cache is not None,
-    ).logits
+        **keep,
+    )
+    return hidden[:, -width:], head
 
 
 def prompt_cache(model: PreTrainedModel, batch: CompletionBatch) -> DynamicCache:
@@ -104,11 +123,15 @@ def can_share_prompt(model: PreTrainedModel) -> bool:
 
 def forward(model: PreTrainedModel, num_logits: int, **inputs: Any) -> Any:
     """model(**inputs) with logits for the last `num_logits` columns only: the head skips the prompt where it can."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if keeps_logits(model):
         return model(**inputs, logits_to_keep=num_logits)
     output = model(**inputs)
     output.logits = output.logits[:, -num_logits:]
     return output
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
