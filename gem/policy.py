@@ -1,7 +1,7 @@
 """The one place where the model runs forward: completions -> hidden states -> token statistics or the SEGA loss.
 
-The logits never exist: the head goes to the fused kernels, once it has been checked against the model's own logits (before
-its first use on a model).
+The logits never exist: the head goes to the fused kernels, once it has been checked against the model's own logits
+(before its first use on a model).
 
 The G completions of a prompt share it, so the prompt runs once: its keys and values are repeated for the completions,
 and gradients flow back through them. With prompts as long as answers and G = 4 that is 2.5 times fewer tokens. Where
