@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_TARGET = -(2**62)
+"""A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
+Log-prob NaN, gradient without the target's own term. A shard of a vocabulary sees most targets so (vocab_parallel.py).
+"""
+
 
 @dataclass(frozen=True)
 class TokenStats:

@@ -202,6 +202,9 @@ INLINE double reduce_sum(const vf (&lanes)[U]) {
     return sum;
 }
 
+// gem_kernels.types.NO_TARGET: the row is read, its target is elsewhere. Log-prob NaN, no term of the target's own.
+constexpr int64_t NO_TARGET = -(INT64_C(1) << 62);
+
 struct Sums {
     double s, t;
 };
@@ -313,7 +316,8 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
             t += sums.t;
         }
     }
-    if (poisoned || m == -INF) return {QNAN, QNAN, QNAN, QNAN};
+    if (poisoned) return {QNAN, QNAN, QNAN, QNAN};
+    if (m == -INF) return {QNAN, QNAN, m, QNAN};
     const double log_sum = std::log1p(rest);
     const double logprob = ((double)x_y - (double)m) / tau - log_sum;
     return {(float)logprob, (float)(log_sum - t / (1.0 + rest)), m, (float)log_sum};
@@ -329,7 +333,7 @@ template <typename T, bool capped>
 void row_backward(T *g, const T *z, int64_t V, int64_t y, double tau, float c, const Upstream &up) {
     const float inv_tau = (float)(1.0 / tau);
     const bool inside = y >= 0 && y < V;
-    const float log_sum = inside ? up.log_sum : QNAN;
+    const float log_sum = inside || y == NO_TARGET ? up.log_sum : QNAN;
     if (up.a == 0 && up.b == 0 && log_sum == log_sum) {
         std::memset(static_cast<void *>(g), 0, V * sizeof(T));
         return;
@@ -409,7 +413,7 @@ template <typename T, bool capped> void forward_rows(const GemRows *a) {
             if (y != a->ignore_index) {
                 const T *z = static_cast<const T *>(a->logits) + (r / a->R2) * a->s1 + (r % a->R2) * a->s2;
                 const double tau = a->tau_rows ? (double)a->tau_rows[r] : a->tau;
-                if (y < 0 || y >= a->V)
+                if ((y < 0 || y >= a->V) && y != NO_TARGET)
                     out = {QNAN, QNAN, QNAN, QNAN};
                 else
                     out = row_forward<T, capped>(z, a->V, y, tau, (float)a->softcap);

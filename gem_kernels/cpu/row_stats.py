@@ -18,7 +18,8 @@ Arguments, the same everywhere. N = R1 * R2 rows; all checked by the caller:
     row_max, log_sum, entropy, grad_logprobs, grad_entropy     [N] float32
 
 A logit of -inf is a probability of 0. A row holding NaN or +inf, or nothing but -inf, or whose target is outside
-[0, V), gives NaN, in value and gradient; no other row is touched by it.
+[0, V), gives NaN, in value and gradient; no other row is touched by it. (row_max of a row of -inf is -inf.) The target
+NO_TARGET, one that is elsewhere, gives a log-prob of NaN and a gradient without 1[v = y].
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..types import NO_TARGET
 from . import build
 
 RowStats = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -246,11 +248,13 @@ def forward_torch(
         t = e.mul_(d.clamp_(min=LOWEST)).sum(-1)
         del x, d, e
         log_sum = rest.log1p()
-        bad = ~m.isfinite()[:, 0] | ((y < 0) | (y >= V))[:, 0]
-        values = (d_y - log_sum, log_sum - t / (1.0 + rest), m[:, 0], log_sum)
-        kept = y[:, 0] != ignore_index
+        m, y = m[:, 0], y[:, 0]
+        outside = (y < 0) | (y >= V)
+        bad = ~m.isfinite() | (outside & (y != NO_TARGET))
+        log_sum = log_sum.masked_fill(bad, torch.nan)
+        values = ((d_y - log_sum).masked_fill(outside, torch.nan), log_sum - t / (1.0 + rest), m, log_sum)
         for output, value in zip(outputs, values):
-            output[rows] = torch.where(kept, value.masked_fill(bad, torch.nan), 0.0)
+            output[rows] = torch.where(y != ignore_index, value, 0.0)
     return outputs
 
 
@@ -276,7 +280,8 @@ def backward_torch(
         z = logits[rows // R2, rows % R2].float()
         y, tau = targets[rows, None], _select(temperature, rows)
         L, H, a, b = (vector[rows, None] for vector in (log_sum, entropy, grad_logprobs, grad_entropy))
-        outside = (y < 0) | (y >= V)
+        absent = y == NO_TARGET
+        outside = ((y < 0) | (y >= V)) & ~absent
         i_y = y.clamp(0, V - 1)
         x, slope = _capped(z, softcap)
         del z
@@ -286,6 +291,7 @@ def backward_torch(
         gradient = log_p.clamp_(min=LOWEST).mul_(b).add_(a + b * H).mul_(p).neg_()
         del x, p, log_p
         at_target = -a * log_p_y.expm1() - b * log_p_y.exp() * (log_p_y.clamp(min=LOWEST) + H)
+        at_target = torch.where(absent, gradient.gather(-1, i_y), at_target)
         gradient.scatter_(-1, i_y, at_target).div_(tau)
         if slope is not None:
             gradient.mul_(slope)

@@ -21,12 +21,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .. import types
+
 # Below any logit that could hold probability; -inf is raised to it so that e^d * d is 0 and never 0 * inf. Not lower:
 # a count of lanes times FLOOR must stay finite.
 FLOOR = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+NO_TARGET = tl.constexpr(types.NO_TARGET)
 
 
 @triton.jit
@@ -138,13 +141,15 @@ def _log1p(r):
 
 @triton.jit
 def _store_stats(row, m, rest, t, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr):
-    """rest = s - 1. A row of -inf alone, or a target outside the vocabulary, comes out NaN."""
+    """rest = s - 1. A row of -inf alone, or a target outside the vocabulary, comes out NaN, but for its maximum."""
     log_sum = _log1p(rest)
-    log_sum = tl.where((m <= FLOOR) | (y < 0) | (y >= V), float("nan"), log_sum)
+    outside = (y < 0) | (y >= V)
+    log_sum = tl.where((m <= FLOOR) | (outside & (y != NO_TARGET)), float("nan"), log_sum)
     d_y = tl.where(x_y <= FLOOR, -INF, (x_y - m) * inv_temperature)
+    d_y = tl.where(outside, float("nan"), d_y)
     tl.store(logprob_ptr + row, d_y - log_sum)
     tl.store(entropy_ptr + row, log_sum - t * inv_temperature / (1.0 + rest))
-    tl.store(max_ptr + row, m)
+    tl.store(max_ptr + row, tl.where(rest == rest, m, float("nan")))
     tl.store(log_sum_ptr + row, log_sum)
 
 
