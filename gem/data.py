@@ -228,7 +228,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _row_or_problem(line: bytes) -> dict[str, Any] | str:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return "not UTF-8: save the file as UTF-8"
     except json.JSONDecodeError as error:
@@ -263,4 +263,6 @@ def text_problem(row: dict[str, Any], key: str) -> str | None:
         return f'"{key}" must be text, got {type(row[key]).__name__}: put it in quotes'
     if not row[key].strip():
         return f'"{key}" is empty: fill it in or delete this line'
+    if any("\ud800" <= c <= "\udfff" for c in row[key]):
+        return f'"{key}" holds half a character (a lone \\ud8xx escape): correct it or delete this line'
     return None

@@ -20,6 +20,8 @@ from .types import TokenStats
 WORKSPACE_BYTES = 128 * 2**20
 # A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
 WORKSPACE_BYTES_CPU = 64 * 2**20
+# A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
+WORKSPACE_BYTES_CPU = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _check_own(
         logits_dtype = hidden.dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
     if workspace_bytes is None:
         workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
     arguments.check_count("workspace_bytes", workspace_bytes)
