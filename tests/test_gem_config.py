@@ -1,6 +1,7 @@
 """Configuration: types, ranges, flags over file, nearest names, and the way back from the saved file."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,9 @@ def test_a_broken_file_is_named(tmp_path):
         load_config(path)
     with pytest.raises(UserError, match="missing"):
         load_config(tmp_path / "missing.yaml")
+
+
+def test_every_setting_is_documented():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    missing = [field.name for field in dataclasses.fields(TrainConfig) if f"`{field.name}`" not in text]
+    assert not missing
