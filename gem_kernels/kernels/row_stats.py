@@ -31,6 +31,19 @@ LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 NO_TARGET = tl.constexpr(types.NO_TARGET)
 
+# One number a row: several share a buffer, so whether they are aligned depends on N, and must not compile again.
+VECTORS = [
+    "targets_ptr",
+    "temperature_ptr",
+    "logprob_ptr",
+    "entropy_ptr",
+    "max_ptr",
+    "log_sum_ptr",
+    "partial_ptr",
+    "grad_logprob_ptr",
+    "grad_entropy_ptr",
+]
+
 
 @triton.jit
 def _exp2(x, PTX: tl.constexpr):
@@ -160,7 +173,10 @@ def _inv_temperature(temperature, temperature_ptr, row, TEMPERATURE_TENSOR: tl.c
     return 1.0 / temperature
 
 
-@triton.jit(do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "span", "n_splits", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "span", "n_splits", "ignore_index"],
+    do_not_specialize_on_alignment=VECTORS,
+)
 def row_stats_forward(
     logits_ptr,
     targets_ptr,
@@ -241,7 +257,10 @@ def row_stats_forward(
         _store_stats(row, m, rest, t_sum, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
-@triton.jit(do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "n_splits", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "n_splits", "ignore_index"],
+    do_not_specialize_on_alignment=VECTORS,
+)
 def row_stats_combine(
     logits_ptr,
     targets_ptr,
@@ -317,7 +336,8 @@ def _slope(x, softcap):
         "grad_inner",
         "span",
         "ignore_index",
-    ]
+    ],
+    do_not_specialize_on_alignment=VECTORS,
 )
 def row_stats_backward(
     grad_ptr,

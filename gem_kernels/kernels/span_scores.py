@@ -86,7 +86,20 @@ def _mean_of_top(entropy_ptr, mask_ptr, o_row, first, answer, length, m, PACKED:
     return (tl.sum(above, 0) + wanted.to(tl.float32) * _unordered(prefix)) / m.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["N", "T", "top_numerator", "top_denominator"])
+@triton.jit(
+    do_not_specialize=["N", "T", "top_numerator", "top_denominator"],
+    do_not_specialize_on_alignment=[
+        "entropy_ptr",
+        "mask_ptr",
+        "cu_seqlens_ptr",
+        "answer_start_ptr",
+        "valid_ptr",
+        "score_ptr",
+        "final_ptr",
+        "fork_ptr",
+        "ok_ptr",
+    ],
+)
 def span_scores(
     entropy_ptr,
     mask_ptr,
@@ -158,7 +171,7 @@ def span_scores(
     tl.store(ok_ptr + i, ok.to(tl.int8))
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G"], do_not_specialize_on_alignment=["advantages_ptr", "scores_ptr", "valid_ptr"])
 def group_advantages(
     advantages_ptr,
     scores_ptr,
