@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, vocab_parallel
+from .active_vocab import ActiveProducts, Report, check_threshold
 from .token_stats import check_values, rows_backward, rows_forward
 from .types import TokenStats
 
@@ -42,6 +43,8 @@ class Head:
     workspace_bytes: int
     shards: vocab_parallel.Shards | None = None
     """Where `weight` is one shard of several. Then `ignore_index` is that of local targets."""
+    active_vocab: float | None = None
+    """Of the backward products: see active_vocab.py. Set by `with_active_vocab`."""
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -131,7 +134,7 @@ def check_head(
     if sharded:
         needs_hidden = hidden.requires_grad and torch.is_grad_enabled()
         dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
-        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, workspace_bytes, ignore_index)
+        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, ignore_index)
         shards = vocab_parallel.meet(process_group, vocab_starts, facts, targets, ignore_index)
         head, V = replace(head, shards=shards, ignore_index=vocab_parallel.IGNORED), shards.starts[-1]
     elif vocab_starts is not None and vocab_starts[1] != V:
@@ -178,8 +181,6 @@ def _check_own(
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
     if workspace_bytes is None:
         workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
-    if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
     arguments.check_count("workspace_bytes", workspace_bytes)
     head = Head(
         weight.detach(),
@@ -191,6 +192,10 @@ def _check_own(
         workspace_bytes,
     )
     return head, number, rows
+
+
+def with_active_vocab(head: Head, active_vocab: float | None) -> Head:
+    return replace(head, active_vocab=check_threshold(active_vocab, head.shards is not None))
 
 
 def token_rows(
@@ -229,6 +234,9 @@ class Products:
         self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * self.D)))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
+        self.active = None
+        if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
+            self.active = ActiveProducts(head.weight, n_rows, head.active_vocab, needs[:2], head.workspace_bytes)
 
     def _slices(self):
         return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
@@ -250,11 +258,19 @@ class Products:
         """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
         return self.gradient_workspace[:rows]
 
-    def backward(self, gradient: Tensor, hidden: Tensor, grad_hidden: Tensor | None) -> None:
-        """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D]."""
-        if self.needs_hidden:
+    def backward(self, gradient: Tensor, chunk: tuple, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
+        """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D].
+
+        Of the chunk as TokenRows gives it, with a = dL/dlogprob and b = dL/dentropy.
+        """
+        hidden, targets, tau, taus = chunk
+        done = False
+        if self.active is not None:
+            weights = (a.abs() + b.abs()) / (tau if taus is None else taus)
+            done = self.active.backward(gradient, hidden, grad_hidden, self.grad_weight, targets, weights)
+        if self.needs_hidden and not done:
             self._hidden(gradient, grad_hidden)
-        if self.needs_weight:
+        if self.needs_weight and not done:
             self._weight(gradient, hidden)
         if self.needs_bias:
             self.grad_bias += gradient.sum(0, dtype=torch.float32)
@@ -288,10 +304,19 @@ class Products:
             for v, w in self._slices():
                 self.grad_weight[v:w] += torch.mm(gradient[:, v:w].t(), hidden, out_dtype=torch.float32)
 
+    def report(self, grad_hidden: Tensor | None) -> Report | None:
+        """Of the active vocabulary, after the last chunk; None without one."""
+        if self.active is None:
+            return None
+        self.active.add_pending(self.grad_weight)
+        return self.active.report(grad_hidden, self.grad_weight)
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """grad_weight and grad_bias in the head's dtype. Until here the last grad_hidden may be on its way."""
         if self.reduction is not None:
             self.reduction.finish()
+        if self.active is not None:
+            self.active.add_pending(self.grad_weight)
         dtype = self.head.weight.dtype
         return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
 
@@ -308,25 +333,30 @@ def statistics(rows: TokenRows, head: Head) -> tuple[Tensor, Tensor, Tensor, Ten
         for row, values in zip(out, stats):
             row[begin:end] = values
     if head.shards is not None:
-        head.shards.merge_all(out, rows.targets, rows.temperature, rows.temperatures, head.workspace_bytes)
+        bounds = (head.workspace_bytes, head.rows_per_chunk)
+        head.shards.merge_all(out, rows.targets, rows.temperature, rows.temperatures, *bounds)
     return tuple(out)
 
 
 def statistics_backward(rows, head, stats, grad_logprobs, grad_entropy, needs):
-    """dL/dhidden, dL/dweight, dL/dbias (None where not needed); the logits are made again, so 1 G + up to 2 G."""
+    """(dL/dhidden, dL/dweight, dL/dbias), None where not needed; and the report of the active vocabulary, or None.
+
+    The logits are made again, so 1 G + up to 2 G.
+    """
     _, entropy, row_max, log_sum = stats
     products = Products(head, len(rows), needs)
     grad_hidden = torch.empty_like(rows.hidden) if needs[0] else None
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
-        hidden, targets, tau, taus = rows.chunk(begin, end)
+        chunk = hidden, targets, tau, taus = rows.chunk(begin, end)
         logits, gradient = products.logits(hidden), products.gradient(end - begin)
         parts = [x[begin:end].contiguous() for x in (row_max, log_sum, entropy, grad_logprobs, grad_entropy)]
         rows_backward(
             gradient[None], logits[None], targets, tau, taus, head.softcap, head.ignore_index, parts, head.backend
         )
-        products.backward(gradient, hidden, None if grad_hidden is None else grad_hidden[begin:end])
-    return (grad_hidden, *products.gradients())
+        products.backward(gradient, chunk, None if grad_hidden is None else grad_hidden[begin:end], *parts[3:])
+    gradients = (grad_hidden, *products.gradients())
+    return gradients, products.report(grad_hidden)
 
 
 class OneShot:
@@ -357,16 +387,21 @@ class OneShot:
         if not any(self.needs):
             return
         head, (begin, end) = self.head, self.at
-        hidden, targets, tau, taus = self.rows.chunk(begin, end)
+        chunk = _, targets, tau, taus = self.rows.chunk(begin, end)
         gradient = self.products.gradient(end - begin)
         stats = [x.float().contiguous() for x in (self.row_max, self.log_sum, entropy, grad_logprobs, grad_entropy)]
         rows_backward(
             gradient[None], self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, stats, head.backend
         )
-        self.products.backward(gradient, hidden, None if self.grad_hidden is None else self.grad_hidden[begin:end])
+        grad_hidden = None if self.grad_hidden is None else self.grad_hidden[begin:end]
+        self.products.backward(gradient, chunk, grad_hidden, *stats[3:])
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return (self.grad_hidden, *self.products.gradients())
+
+    def report(self) -> Report | None:
+        """Of the active vocabulary, after `finish` and before the gradients are scaled."""
+        return self.products.report(self.grad_hidden)
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -385,7 +420,7 @@ class _LinearTokenStats(torch.autograd.Function):
         hidden, _, _, targets, temperatures, *stats = ctx.saved_tensors
         rows = token_rows(hidden, targets, ctx.temperature, temperatures, ctx.head)
         a, b = (rows.gather(g.reshape(-1)) for g in (grad_logprobs, grad_entropy))
-        grads = statistics_backward(rows, ctx.head, stats, a, b, tuple(ctx.needs_input_grad[:3]))
+        grads, _ = statistics_backward(rows, ctx.head, stats, a, b, tuple(ctx.needs_input_grad[:3]))
         grad_hidden = None if grads[0] is None else rows.spread(grads[0]).view(hidden.shape)
         return grad_hidden, grads[1], grads[2], None, None, None, None
 
@@ -405,6 +440,7 @@ def linear_token_stats(
     workspace_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
@@ -432,6 +468,10 @@ def linear_token_stats(
             row; one all_reduce of the gradient of `hidden` a chunk. None, or a group of one: no shards.
         vocab_starts: the first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange
             their sizes and compare their arguments, at the start of each call (on a GPU that waits for the device).
+        active_vocab: a probability such as 2**-12. Backward's products are then made of the columns that any row needs
+            at that level, and a low-rank stand-in for the rest (docs/active_vocab.md): faster and approximate. A GPU is
+            waited for once a chunk. 0 is exact; None, exact and without the option's code. Not with `process_group`.
+            The losses of this package return the share of columns kept and the error.
         temperature, softcap, ignore_index, backend: as for `token_stats`.
 
     Returns:
@@ -459,4 +499,5 @@ def linear_token_stats(
         process_group,
         vocab_starts,
     )
+    head = with_active_vocab(head, active_vocab)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, number, rows, head))

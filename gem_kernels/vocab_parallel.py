@@ -40,6 +40,13 @@ OUTSIDE = -1
 FLOOR = -1.0e30
 
 
+def _gather(out: Tensor, part: Tensor, group: Any) -> None:
+    """`part` of every rank -> `out` [count, ...]."""
+    # torch 2.13 renames it, and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out.view(-1), part.view(-1), group=group)
+
+
 @dataclass(frozen=True)
 class Shards:
     """Rank r of `group` holds words [starts[r], starts[r + 1])."""
@@ -79,7 +86,7 @@ class Shards:
         row_max = row_max.masked_fill(empty, -torch.inf)
         packed = torch.stack((logprobs, entropy.masked_fill(empty, 0), row_max, log_sum.masked_fill(empty, 0)))
         gathered = packed.new_empty(self.count, *packed.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), packed.view(-1), group=self.group)
+        _gather(gathered, packed, self.group)
 
         tau = temperature if temperatures is None else temperatures.double()
         logprobs, entropy, row_max, log_sum = gathered.double().unbind(1)  # [count, n]
@@ -108,9 +115,10 @@ class Shards:
         temperature: float,
         temperatures: Tensor | None,
         workspace_bytes: int,
+        rows_per_chunk: int,
     ) -> None:
         """`merge` of [4, N] in place, in as few collectives as leave its temporaries under the workspace."""
-        step = max(1, workspace_bytes // (BYTES_PER_MERGED_STATISTIC * self.count))
+        step = max(rows_per_chunk, workspace_bytes // (BYTES_PER_MERGED_STATISTIC * self.count))
         for begin in range(0, targets.shape[0], step):
             part = slice(begin, begin + step)
             taus = None if temperatures is None else temperatures[part]
@@ -193,7 +201,7 @@ def meet(
         mine = torch.tensor([1, size, tokens, 0, *rest], dtype=torch.int64, device=device)
         mine[3] = targets.sum()
     everyone = mine.new_empty(count, mine.shape[0])
-    dist.all_gather_into_tensor(everyone.view(-1), mine, group=process_group)
+    _gather(everyone, mine, process_group)
     everyone = everyone.tolist()
     if facts is None:
         return None
