@@ -17,9 +17,12 @@ BINS = tl.constexpr(256)
 
 @triton.jit
 def _ordered(x):
-    """float32 -> uint32 of the same order: all bits of a negative are flipped, the sign bit of a positive."""
+    """float32 -> uint32 of the same order: all bits of a negative are flipped, the sign bit of a positive.
+
+    NaN, of either sign, is above all numbers.
+    """
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(x != x, 0xFFFFFFFF, tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000))
 
 
 @triton.jit
