@@ -5,7 +5,8 @@ by autograd. Budget: a kernel may err twice as much as eager torch does on the s
 that trainers do), plus rounding of the result to its dtype and two float32 roundings at the size of the row, without
 which a torch result that happens to be exact would leave no room at all, plus 2^-50 for the truth's own rounding. A
 softcapped logit is c tanh, which kernels compute from one exponential, to two float32 roundings of c: over the
-temperature that is a relative error of every probability (`slack`).
+temperature that is a relative error of every probability (`slack`). The target's gradient (a - a p) / temperature is
+rounded at the size of what it is the difference of (`terms`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def reference_stats(logits, targets, a, b, dtype, **arguments) -> tuple[Tensor, 
     return stats.logprobs.detach(), stats.entropy.detach(), z.grad
 
 
-def assert_within_budget(got: Tensor, exact: Tensor, torchs: Tensor, what: str, rowwise=False, slack=0.0) -> None:
+def assert_within_budget(
+    got: Tensor, exact: Tensor, torchs: Tensor, what: str, rowwise=False, slack=0.0, terms=0.0
+) -> None:
     """|got - exact| <= 2 |torch - exact| (worst of the row, or of all) + rounding; NaN and inf where truth has them."""
     eps = EPS[got.dtype]
     assert got.shape == exact.shape, what
@@ -70,6 +73,7 @@ def assert_within_budget(got: Tensor, exact: Tensor, torchs: Tensor, what: str, 
         torch_error, scale = torch_error.amax(-1, keepdim=True), size.amax(-1, keepdim=True)
     else:
         torch_error, scale = torch_error.max(), size.max()
+    scale = scale.clamp(min=torch.as_tensor(terms, dtype=scale.dtype, device=scale.device))
     smallest = 2.0**-25 if eps == EPS[torch.float16] else 2.0**-50  # half a subnormal
     allowed = 2 * torch_error + 2 * eps * size + (2.0**-22 + slack) * scale + smallest
     worst = (error / allowed).max()
@@ -89,9 +93,15 @@ def check(logits: Tensor, targets: Tensor, *, backend: str, use: str = "both", i
     assert_within_budget(stats.logprobs, exact[0], torchs[0], "logprobs")
     assert_within_budget(stats.entropy, exact[1], torchs[1], "entropy")
     backward(stats, a, b)
-    slack = 0.0
-    if arguments.get("softcap"):
-        slack = 2.0**-22 * arguments["softcap"] / float(torch.as_tensor(arguments.get("temperature", 1.0)).min())
+    tau = torch.as_tensor(arguments.get("temperature", 1.0)).double()
+    slack = 2.0**-22 * arguments["softcap"] / float(tau.min()) if arguments.get("softcap") else 0.0
+    terms = (
+        0.0
+        if a is None
+        else (a.abs() / tau.to(a.device)).where(targets != arguments.get("ignore_index", IGNORE), 0.0)[..., None]
+    )
     assert logits.grad.dtype == logits.dtype
-    assert_within_budget(logits.grad, exact[2], torchs[2].to(logits.dtype), "gradient", rowwise=True, slack=slack)
+    assert_within_budget(
+        logits.grad, exact[2], torchs[2].to(logits.dtype), "gradient", rowwise=True, slack=slack, terms=terms
+    )
     return stats, logits
