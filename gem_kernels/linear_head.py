@@ -232,7 +232,7 @@ class Products:
             self.gradient_workspace = torch.empty(n_rows, self.V, dtype=head.gradient_dtype, device=device)
         self.grad_weight = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
         self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
-        self.slice = max(1, min(self.V, head.workspace_bytes // (4 * self.D)))
+        self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
         self.active = None
         if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):

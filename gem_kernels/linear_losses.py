@@ -333,10 +333,9 @@ class _Batch:
     def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None):
         """EntropyScores of sequences [begin, end), from the entropies of all tokens."""
         end = self.B if end is None else end
-        part = {
-            "answer_start": self.answer_start[begin:end],
-            "valid": None if self.valid is None else self.valid[begin:end],
-        }
+        part = {"answer_start": self.answer_start, "valid": self.valid}
+        if (begin, end) != (0, self.B):  # a slice would hide a wrong length
+            part = {k: None if x is None else x[begin:end] for k, x in part.items()}
         if self.completion_mask is not None:
             return entropy_scores(
                 entropy[begin:end], completion_mask=self.completion_mask[begin:end], **part, **self.options
