@@ -1,7 +1,7 @@
 """linear_token_stats and fused_linear_entropy_score against float64 autograd through the full logits.
 
-Budget of a result: twice the error (relative, L2) of eager torch in the dtype of the inputs, plus a rounding. The paths'
-memory and their count of matrix products are held by dispatch modes, which see every tensor made and every product.
+Budget of a result: twice the error (relative, L2) of eager torch in the dtype of the inputs, plus a rounding. Memory
+and the number of matrix products are held by a dispatch mode, which sees every tensor made and every product.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ ROUNDING = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 CPU = torch.device("cpu")
 BACKENDS = ["auto", "torch", "triton"]
 LEAVES = ("hidden", "weight", "bias")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of tiny products; on a busy machine each would wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def needs_backend(backend: str, device: torch.device) -> None:
@@ -78,8 +87,10 @@ def assert_within_budget(ours: dict, eager: dict, truth: dict, dtype: torch.dtyp
     for name, exact in truth.items():
         assert ours[name].shape == exact.shape, name
         assert exact.isfinite().all(), f"{name}: the truth is not finite"
-        error, budget = distance(ours[name], exact), 2 * distance(eager[name], exact) + ROUNDING[dtype]
-        if float(exact.norm()) == 0.0:
+        # A loss is a sum that cancels: relative to itself, a few roundings more.
+        rounding = ROUNDING[dtype] * (8 if name == "loss" else 1)
+        error, budget = distance(ours[name], exact), 2 * distance(eager[name], exact) + rounding
+        if not exact.detach().any():
             assert float(ours[name].detach().abs().sum()) == 0.0, name
         else:
             assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
@@ -237,7 +248,7 @@ def test_int32_targets(device):
 
 def sequences(device, V=203, D=16, dtype=torch.float32, seed=0, **options):
     """Six sequences in two groups, with holes, an empty one, answers found and not -> padded and packed form."""
-    p = problem(6, 17, V=V, D=D, dtype=dtype, ignored=0.0, seed=seed, **options)
+    p = problem(6, 17, V=V, D=D, dtype=dtype, ignored=0.0, seed=seed, **options)  # ignored: one token, below
     mask = torch.rand(6, 17, generator=torch.Generator().manual_seed(seed)) > 0.2
     mask[3] = False
     p.targets[0, 4] = IGNORE
@@ -367,14 +378,14 @@ def test_no_tensor_outgrows_the_workspace(path, dtype, options, device):
     """Whatever N. dHidden, dWeight and the vectors of N are below the bound themselves."""
     workspace_bytes = 1 << 17
     largest = []
-    for N in (101, 2000):
+    for N in (101, 700):
         p = problem(N, V=3001, D=9, dtype=dtype, device=device, seed=N)
         leaves = p.leaves()
         functions = paths(p, leaves | options, workspace_bytes)
         with Recorder() as recorder:
             functions[path]().backward()
         largest.append(max(recorder.made))
-        assert largest[-1][0] < 2 * workspace_bytes, largest
+        assert largest[-1][0] <= workspace_bytes, largest
         assert all(leaf.grad is not None for leaf in leaves.values())
     assert largest[0][0] == largest[1][0], largest
 
@@ -432,23 +443,24 @@ def run(N, V):
     return 4 * (hidden.numel() + weight.numel())
 run(64, 1000)
 before = peak()
-inputs = run(4096, 152_064)
+inputs = run(2048, 152_064)
 print(peak() - before - inputs)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_resident_memory_of_many_rows():
-    """Logits of 2.5 GB (float32). bench/linear_head.py --long has 65,536 rows."""
+    """Logits of 1.25 GB (float32). bench/linear_head.py --long has 65,536 rows."""
     out = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 64 * 2**20 + 32 * 2**20
 
 
-def test_a_second_backward_is_refused_for_second_derivatives(device):
+def test_second_derivatives_are_refused(device):
     p = problem(5, device=device)
     leaves = p.leaves()
     stats = gem_kernels.linear_token_stats(targets=p.targets, **leaves)
-    (grad,) = torch.autograd.grad(stats.entropy.sum(), leaves["hidden"], create_graph=True)
+    upstream = torch.ones_like(stats.entropy).requires_grad_()
+    (grad,) = torch.autograd.grad(stats.entropy, leaves["hidden"], upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
