@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .active_vocab import Report
 from .linear_head import (
     Head,
     OneShot,
@@ -21,6 +22,7 @@ from .linear_head import (
     statistics,
     statistics_backward,
     token_rows,
+    with_active_vocab,
 )
 from .losses import check_loss, sequence_weights, token_counts
 from .scores import counted_targets, entropy_scores, group_advantages
@@ -63,6 +65,17 @@ def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, b
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
+def _reported(report: Report | None) -> dict[str, Tensor | None]:
+    """As the fields of the output types."""
+    if report is None:
+        return {}
+    return {
+        "active_share": report.share,
+        "active_error": report.hidden_error,
+        "active_weight_error": report.weight_error,
+    }
+
+
 def _attach(hidden, weight, bias, loss: Tensor, rows: TokenRows, gradients: Gradients) -> Tensor:
     grad_hidden = gradients[0]
     if grad_hidden is not None:
@@ -90,6 +103,7 @@ def fused_linear_policy_loss(
     workspace_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
@@ -109,8 +123,9 @@ def fused_linear_policy_loss(
             the rows of the chunk are passed by keyword. They get no gradient.
 
     Returns:
-        PolicyLossOutput(loss, logprobs, entropy): `loss` a float32 scalar, differentiable once in hidden, weight and
-        bias; the others detached, shaped like `targets`.
+        PolicyLossOutput(loss, logprobs, entropy, ...): `loss` a float32 scalar, differentiable once in hidden, weight
+        and bias; the others detached, shaped like `targets`. With `active_vocab` also the share of columns kept and
+        the measured errors of the gradients.
 
     Raises:
         ValueError: an argument is not as above, or token_loss returns something other than a scalar.
@@ -138,6 +153,7 @@ def fused_linear_policy_loss(
         process_group,
         vocab_starts,
     )
+    head = with_active_vocab(head, active_vocab)
     if not callable(token_loss):
         arguments.fail(
             "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
@@ -154,8 +170,9 @@ def fused_linear_policy_loss(
         part, a, b = _token_gradients(token_loss, logprobs, entropy, {k: v[begin:end] for k, v in inputs.items()})
         loss += part
         shot.gradients(entropy, a, b)
-    loss = _attach(hidden, weight, bias, loss, rows, shot.finish())
-    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out))
+    gradients, report = shot.finish(), _reported(shot.report())
+    loss = _attach(hidden, weight, bias, loss, rows, gradients)
+    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out), **report)
 
 
 def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: TokenRows) -> dict[str, Tensor]:
@@ -225,6 +242,7 @@ def fused_linear_sega_loss(
     workspace_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
     backend: str = "auto",
 ) -> SegaOutput:
     """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
@@ -241,13 +259,14 @@ def fused_linear_sega_loss(
 
     Returns:
         SegaOutput(loss, ..., path): `loss` a float32 scalar, differentiable once in hidden, weight and bias; its
-        gradients are in memory from forward on, and backward scales them in place.
+        gradients are in memory from forward on, and backward scales them in place. With `active_vocab` also the share
+        of columns kept and the measured errors of the gradients.
 
     Raises:
         ValueError: an argument is not as those functions ask.
 
-    On a GPU nothing waits for the device, but for one case: packed sequences without given advantages copy
-    `cu_seqlens` to the host, to find the groups' bounds.
+    On a GPU nothing waits for the device, but for two cases: packed sequences without given advantages copy
+    `cu_seqlens` to the host, to find the groups' bounds; `active_vocab` counts its columns.
 
     Source: GEM (arXiv 2511.13007), Eq. 2.
     """
@@ -269,6 +288,7 @@ def fused_linear_sega_loss(
         process_group,
         vocab_starts,
     )
+    head = with_active_vocab(head, active_vocab)
     batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
     check_loss(
         loss_type,
@@ -299,7 +319,7 @@ def fused_linear_sega_loss(
         path, run = "two_phase", _two_phase
     else:
         path, run = "one_shot", _one_shot
-    logprobs, entropy, advantages, loss, gradients = run(
+    logprobs, entropy, advantages, loss, gradients, report = run(
         batch, rows, head, weights, advantages, bounds, group_size, group, needs
     )
     scores = batch.scores(entropy)
@@ -314,6 +334,7 @@ def fused_linear_sega_loss(
         logprobs,
         entropy,
         path,
+        **_reported(report),
     )
 
 
@@ -408,7 +429,7 @@ def _one_shot(batch: _Batch, rows, head: Head, weights, advantages, bounds, grou
         loss += (a * logprobs[begin:end]).sum()
         shot.gradients(entropy[begin:end], a, torch.zeros_like(a))
     spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
-    return *spread, advantages, loss, shot.finish()
+    return *spread, advantages, loss, shot.finish(), shot.report()
 
 
 def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
@@ -418,7 +439,7 @@ def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, gro
     advantages = group_advantages(scores.score, group_size, valid=scores.valid, **group)
     a = (-advantages * weights)[batch.sequence_of(rows)]
     loss = (a * stats[0]).sum()
-    gradients = (None, None, None)
+    gradients, report = (None, None, None), None
     if any(needs):
-        gradients = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)
-    return logprobs, entropy, advantages, loss, gradients
+        gradients, report = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)
+    return logprobs, entropy, advantages, loss, gradients, report

@@ -73,6 +73,12 @@ class SegaOutput:
     entropy: Tensor
     path: str = "logits"
     """How the gradients were made: "logits", "one_shot" (3 G) or "two_phase" (4 G); G = 2 N D V flop."""
+    active_share: Tensor | None = None
+    """With `active_vocab`: the share of the vocabulary's columns that was kept, averaged over rows."""
+    active_error: Tensor | None = None
+    """With `active_vocab`: relative L2 error of the gradient of `hidden`, measured. None where it is not needed."""
+    active_weight_error: Tensor | None = None
+    """The same of `weight`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,10 @@ class PolicyLossOutput:
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
+    active_share: Tensor | None = None
+    """These three as in SegaOutput."""
+    active_error: Tensor | None = None
+    active_weight_error: Tensor | None = None
 
 
 for _type in (TokenStats, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):
