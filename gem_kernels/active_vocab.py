@@ -33,7 +33,7 @@ from . import arguments
 
 RANK = 16
 """Directions of the tail."""
-PROBES = 4
+PROBES = 8
 """Random vectors that measure the error, for each of the two gradients."""
 DENSE_SHARE = 0.6
 """A chunk with more than this share of active columns is done whole: nearly as fast, and exact."""

@@ -23,6 +23,7 @@ ORDER = [
     "cpu.row_stats",
     "arguments",
     "token_stats",
+    "active_vocab",
     "vocab_parallel",
     "linear_head",
     "scores",
