@@ -56,6 +56,16 @@ def check_count(name: str, value: Any) -> None:
         fail(name, "an integer of at least 1", repr(value))
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(name, "True or False", repr(value))
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        fail("ignore_index", "an integer", repr(ignore_index))
+
+
 def check_logits(logits: Any, targets: Any) -> None:
     check_tensor("logits", logits, dtypes=LOGIT_DTYPES)
     if logits.dim() < 1 or logits.shape[-1] < 1:

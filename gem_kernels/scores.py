@@ -291,6 +291,7 @@ def group_advantages(
 
 def counted_targets(targets: Tensor, completion_mask: Tensor | None, ignore_index: int) -> Tensor:
     """`targets`, with those that the mask leaves out replaced by `ignore_index`: their rows are then never read."""
+    arguments.check_ignore_index(ignore_index)
     return targets if completion_mask is None else targets.masked_fill(~completion_mask, ignore_index)
 
 

@@ -370,8 +370,8 @@ def token_stats(
     arguments.check_logits(logits, targets)
     temperature, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        arguments.fail("ignore_index", "an integer", repr(ignore_index))
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_flag("inplace_backward", inplace_backward)
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
     backend = arguments.check_backend(backend, logits.device)
