@@ -275,7 +275,8 @@ def group_advantages(
     Source: GEM (arXiv 2511.13007), Eq. 2; the scaled form is GRPO's (arXiv 2402.03300).
     """
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() != 1:
-        arguments.fail("scores", "a floating-point tensor [B]", getattr(scores, "shape", type(scores).__name__))
+        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        arguments.fail("scores", "a floating-point tensor [B]", got)
     arguments.check_count("group_size", group_size)
     if scores.shape[0] % group_size:
         arguments.fail("group_size", f"a divisor of the number of scores, {scores.shape[0]}", group_size)
