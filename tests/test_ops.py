@@ -225,7 +225,7 @@ BAD = {
     "mapping": [("linear", "'linear'"), (None, "None")],
     "scale": [("batch", "'batch'"), (True, "True")],
     "eps": [("0", "'0'"), (float("nan"), "nan"), (None, "None")],
-    "scores": [([1.0], "list"), (torch.ones(4, dtype=torch.int64), "int64|2"), (torch.ones(2, 2), r"2, 2")],
+    "scores": [([1.0], "list"), (torch.ones(2, dtype=torch.int64), "int64"), (torch.ones(2, 2), r"2, 2")],
     "advantages": [
         ([1.0, 2.0], "list"),
         (torch.ones(3), r"\(3,\)"),

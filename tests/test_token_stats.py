@@ -343,8 +343,7 @@ def test_without_grad_nothing_is_kept(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("splits", [2, 3, 8])
-@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("splits,softcap", [(2, None), (3, 4.0), (7, None)])
 def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device):
     """Blocks of 256, so that 1,501 columns are several to a split, unevenly, and some splits have none."""
     from gem_kernels.kernels import row_stats
@@ -409,7 +408,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_second_tensor_of_the_size_of_the_logits(dtype, backend, device):
     """Forward, and backward in place: at most an eighth of the logits at a time."""
-    memory, _ = make(64, 3, 400, dtype=dtype, device=device)
+    memory, _ = make(20, 3, 400, dtype=dtype, device=device)
     logits = memory[:, :1].requires_grad_() if backend == "triton" else memory[:, :-1].requires_grad_()
     targets = torch.ones(logits.shape[:-1], dtype=torch.int64, device=device)
     with Allocations(memory) as forward:
