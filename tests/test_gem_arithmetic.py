@@ -9,7 +9,7 @@ from gem.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.spans import answers_match, extract_answer
 
-PAIRS = arithmetic_pairs(600, seed=3)
+PAIRS = arithmetic_pairs(5000, seed=3)
 LINE = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.$")
 
 
@@ -53,7 +53,7 @@ def test_wrong_chains_carry_one_slip_to_a_wrong_answer():
 
 
 def test_the_seed_decides_and_a_longer_list_begins_with_the_shorter():
-    assert arithmetic_pairs(600, seed=3) == PAIRS
+    assert arithmetic_pairs(5000, seed=3) == PAIRS
     assert arithmetic_pairs(50, seed=3) == PAIRS[:50]
     assert arithmetic_pairs(50, seed=4) != PAIRS[:50]
     assert len({pair["prompt"] for pair in PAIRS}) == len(PAIRS)

@@ -24,7 +24,8 @@ def pair(prompt, chosen, rejected, answer=None):
     return TokenizedPair(tuple(encode(prompt)), (*encode(chosen), END), (*encode(rejected), END), answer)
 
 
-PAIRS = [pair("q" * (i + 1), "yes" * (1 + i % 3), "no, " * (1 + i % 4)) for i in range(7)]
+# Prompts from long to short: evaluation sorts them the other way.
+PAIRS = [pair("q" * (8 - i), "yes" * (1 + i % 3), "no, " * (1 + i % 4)) for i in range(7)]
 
 
 def alone(prompt_ids, answer_ids):

@@ -10,7 +10,7 @@ from gem_tiny import tiny_model, tiny_tokenizer
 from gem.data import TokenizedPair
 from gem.filtering import Scoring, score_rollout
 from gem.rollout import given_completions
-from gem.update import SegaUpdate, Trainer, sega_step, sft_step
+from gem.update import SegaUpdate, Trainer, sega_denominator, sega_step, sft_step
 from gem_kernels import EntropyScores
 
 TOKENIZER = tiny_tokenizer()
@@ -62,6 +62,13 @@ def test_sega_gradient_is_the_same_for_every_micro_batch(loss_type):
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * float(gradients[0].abs().max()))
         assert result.loss == pytest.approx(results[0].loss, rel=1e-4, abs=1e-6)
         assert result.num_sequences == 16
+
+
+def test_denominators_by_hand():
+    """Three sequences of 2, 5 and 3 tokens, the second invalid, of at most 8 tokens each."""
+    valid, lengths = torch.tensor([True, False, True]), torch.tensor([2, 5, 3])
+    for loss_type, value in {"sum": 2, "mean": 2, "token": 5, "constant": 16}.items():
+        assert sega_denominator(valid, lengths, loss_type, max_completion_length=8) == value
 
 
 def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_tokens():
