@@ -13,12 +13,12 @@ rows without weight ask for nothing. The basis holds G_d 1, the mass each row ha
 is kept, and RANK = 1 would be the mean dropped embedding, fitted by least squares to rows of either sign. The other
 directions are the range finder of a randomized SVD of the tail G_d W (Halko, Martinsson, Tropp 2011, Algorithm 4.1):
 what rows drop differs smoothly from row to row, so a few directions hold most of it. R is random in the first chunk;
-later ones start from the directions of the chunk before, a step of the power iteration that costs nothing.
+after chunks 1, 2, 4, 8, ... it is the directions that the tail had there, a step of the power iteration for nothing.
 
 The error is measured in the same pass, over all rows and columns and not a sample of them: for random signs
 S [n, PROBES], E |S^T X|^2 = PROBES |X|^2, where X is what the projection leaves out. Rounding is not in it.
 
-Cost: three passes over G (norms, two thin products), two over W, and share * 2 G of products. How many columns are
+Cost: three passes over G (norms, two thin products), one over W, and share * 2 G of products. How many columns are
 active is data, so a GPU is waited for once a chunk.
 """
 
@@ -97,12 +97,14 @@ class ActiveProducts:
         (V, D), device = weight.shape, weight.device
         # A generator of its own: results repeat, and the caller's random state is left alone.
         generator = torch.Generator().manual_seed(0)
-        self.directions = torch.randn(D, RANK - 1, generator=generator).to(device)
+        self.directions: Tensor | None = torch.randn(D, RANK, generator=generator).to(device)
+        """New ones; None where the sketch of the last chunk serves on. The first gives way to the ones."""
+        self.chunks = 0
         self.row_signs = _signs(n_rows, generator).to(device)
         self.hidden_signs = _signs(D, generator).to(device)
         self.rows = self.kept = 0
         self.hidden_error = torch.zeros((), device=device)
-        self.weight_error = torch.zeros(V, PROBES, device=device) if self.needs_weight else None
+        self.weight_error = torch.zeros(PROBES, V, device=device) if self.needs_weight else None
         self.pending: list[tuple[Tensor, Tensor]] = []
         """Factors of dWeight's tail, not added yet: adding them costs a pass over all of dWeight."""
         self.most_pending = max(1, workspace_bytes // (16 * RANK * V))
@@ -134,24 +136,26 @@ class ActiveProducts:
                 grad_weight.index_add_(0, part, _mm(columns.t(), hidden))
 
     def _tail(self, gradient, hidden, index, total, grad_weight) -> None:
-        n, V = gradient.shape
-        sketch = torch.cat([torch.ones(V, 1, device=gradient.device), self._over_rows(self.weight, self.directions)], 1)
-        basis = torch.linalg.qr(self._over_columns(gradient, sketch.index_fill_(0, index, 0.0)))[0]
-        k = basis.shape[1]
+        if self.directions is not None:
+            self.sketch = self._to_words(self.directions.t(), self.weight.t())
+            self.sketch[0], self.directions = 1.0, None
+        basis = torch.linalg.qr(self._over_words(gradient, self.sketch.index_fill(1, index, 0.0).t()))[0]
+        n, k = basis.shape
         signs = self.row_signs[:n]
         probes = _mm(hidden, self.hidden_signs)
-        # [V, k + 2 PROBES]: the projection, and the probes of dHidden and dWeight.
-        dropped = self._over_rows(gradient.t(), torch.cat([basis, signs, probes], 1)).index_fill_(0, index, 0.0)
-        projected = dropped[:, :k]
+        # [k + 2 PROBES, V]: the projection, and the probes of dHidden and dWeight.
+        dropped = self._to_words(torch.cat([basis, signs, probes], 1).t(), gradient).index_fill_(1, index, 0.0)
+        projected = dropped[:k]
+        self.chunks += 1
         if self.needs_hidden:
-            embedded = self._over_columns(dropped[:, : k + PROBES].t(), self.weight)
+            embedded = self._over_words(dropped[: k + PROBES], self.weight)
             total.addmm_(basis, embedded[:k])
             left_out = torch.addmm(embedded[k:], signs.t() @ basis, embedded[:k], alpha=-1)
             self.hidden_error += left_out.square().sum() / PROBES
-            if k == RANK <= hidden.shape[1]:
-                self.directions = torch.linalg.qr(embedded[: RANK - 1].t())[0]
+            if self.chunks.bit_count() == 1 and k == RANK <= hidden.shape[1]:
+                self.directions = torch.linalg.qr(embedded[:k].t())[0].roll(1, 1)
         if self.needs_weight:
-            self.weight_error += dropped[:, k + PROBES :].addmm(projected, basis.t() @ probes, alpha=-1)
+            self.weight_error += torch.addmm(dropped[k + PROBES :], probes.t() @ basis, projected, alpha=-1)
             self.pending.append((projected.clone(), _mm(basis.t(), hidden)))
             if len(self.pending) == self.most_pending:
                 self.add_pending(grad_weight)
@@ -159,7 +163,7 @@ class ActiveProducts:
     def add_pending(self, grad_weight: Tensor) -> None:
         if self.pending:
             left, right = zip(*self.pending)
-            grad_weight.addmm_(torch.cat(left, 1), torch.cat(right))
+            grad_weight.addmm_(torch.cat(left).t(), torch.cat(right))
             self.pending.clear()
 
     def report(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> Report:
@@ -172,16 +176,16 @@ class ActiveProducts:
             of_weight = _ratio(torch.linalg.vector_norm(self.weight_error) / PROBES**0.5, grad_weight)
         return Report(share, of_hidden, of_weight)
 
-    # x @ y in float32. What a CPU must convert first it converts a slice at a time.
+    # Products in float32. What a CPU must convert first it converts a slice of the vocabulary at a time.
 
-    def _over_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        """[V, m] @ [m, few], V cut."""
-        if x.is_cuda or x.dtype == torch.float32:
+    def _to_words(self, x: Tensor, y: Tensor) -> Tensor:
+        """[few, m] @ [m, V]."""
+        if y.is_cuda or y.dtype == torch.float32:
             return _mm(x, y)
-        return torch.cat([_mm(part, y) for part in x.split(self._slice(x.shape[1]))])
+        return torch.cat([_mm(x, part) for part in y.split(self._slice(y.shape[0]), 1)], 1)
 
-    def _over_columns(self, x: Tensor, y: Tensor) -> Tensor:
-        """[m, V] @ [V, l], V cut."""
+    def _over_words(self, x: Tensor, y: Tensor) -> Tensor:
+        """[m, V] @ [V, l], one of m and l few."""
         if x.is_cuda or x.dtype == y.dtype == torch.float32:
             return _mm(x, y)
         total = torch.zeros(x.shape[0], y.shape[1])
