@@ -17,7 +17,7 @@ from gem.train import TrainResult, evaluation_table, train
 
 # Chosen by measurement on 2 CPU cores in fp32, where the demo must end well within ten minutes.
 NUM_TRAIN = 48
-NUM_HELD_OUT = 48
+NUM_HELD_OUT = 64
 SETTINGS = {
     "num_generations": 4,
     "max_completion_length": 80,
@@ -25,14 +25,14 @@ SETTINGS = {
     "sft_epochs": 1,
     "sft_batch_size": 4,
     "sft_learning_rate": 1e-4,
-    "max_steps": 5,
+    "max_steps": 6,
     "prompts_per_step": 4,
     "learning_rate": 1e-5,
     "loss_type": "sum",
     "micro_batch_size": 4,
     "eval_batch_size": 8,
-    "eval_generate": 24,
-    "eval_sample": 6,
+    "eval_generate": 32,
+    "eval_sample": 8,
 }
 
 
