@@ -18,6 +18,12 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
 
 
+def not_compiled(function):
+    """torch.compile runs `function` eagerly. The mark torch.compiler.disable sets, which itself imports the compiler."""
+    function._torchdynamo_disable = True
+    return function
+
+
 def fail(name: str, expected: str, got: Any) -> None:
     raise ValueError(f"`{name}` must be {expected}, got {got}")
 

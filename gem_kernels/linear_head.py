@@ -425,7 +425,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return grad_hidden, grads[1], grads[2], None, None, None, None
 
 
-@torch.compiler.disable
+@arguments.not_compiled
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,

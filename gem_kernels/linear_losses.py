@@ -86,7 +86,7 @@ def _attach(hidden, weight, bias, loss: Tensor, rows: TokenRows, gradients: Grad
 # Any loss of (logprob, entropy).
 
 
-@torch.compiler.disable
+@arguments.not_compiled
 def fused_linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -212,7 +212,7 @@ def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict
 # SEGA.
 
 
-@torch.compiler.disable
+@arguments.not_compiled
 def fused_linear_sega_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -166,3 +166,10 @@ def test_import_with_torch_alone():
     """A fresh process in which every other module is missing: it imports, does nothing, and works on a CPU."""
     run = subprocess.run([sys.executable, "-c", IMPORT_ALONE], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == "alone", run.stderr
+
+
+def test_import_leaves_the_compiler_alone():
+    """Where everything is installed too: neither Triton nor torch._dynamo, which cost seconds."""
+    code = "import sys, gem_kernels; print(*{'triton', 'torch._dynamo', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == ""
