@@ -432,7 +432,7 @@ def test_no_second_tensor_of_the_size_of_the_logits(dtype, backend, device):
     assert 0 < backwards.largest <= logits.numel() // 8
     with Allocations(memory) as copying:
         gem_kernels.token_stats(logits.detach().transpose(0, 1).clone(), targets.t(), backend=backend)
-    assert copying.largest == logits.numel(), "the count itself is broken"
+    assert copying.largest >= logits.numel(), "the count itself is broken"
 
 
 @each_backend
