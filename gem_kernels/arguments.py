@@ -19,7 +19,7 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 def not_compiled(function):
-    """torch.compile runs `function` eagerly. The mark torch.compiler.disable sets, which itself imports the compiler."""
+    """torch.compile runs `function` eagerly. torch.compiler.disable does so too, but imports the compiler."""
     function._torchdynamo_disable = True
     return function
 
