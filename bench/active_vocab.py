@@ -140,7 +140,10 @@ def relative(x, y):
 
 
 def timings(gradient, hidden, weight, targets, a, exact, rows_per_chunk, repeats, rank, clock):
-    active_vocab.RANK = rank
+    active_vocab.RANK = max(1, rank)
+    tail = active_vocab.ActiveProducts._tail
+    if rank == 0:
+        active_vocab.ActiveProducts._tail = lambda *_: None
     thresholds = [None, *(2.0**-e for e in EXPONENTS)]
     seconds = {t: [] for t in thresholds}
     results = {}
@@ -162,6 +165,7 @@ def timings(gradient, hidden, weight, targets, a, exact, rows_per_chunk, repeats
             f"{ratio:.2f} | {of_hidden:.1e} | {of_weight:.1e} | {told or ' | '} |",
             flush=True,
         )
+    active_vocab.ActiveProducts._tail = tail
 
 
 def alternatives(gradient, hidden, weight, targets, a, exact):
@@ -171,9 +175,9 @@ def alternatives(gradient, hidden, weight, targets, a, exact):
     p = gradient.abs() / a.abs().clamp(min=1e-30)[:, None]
     rules = {
         "any row has p > threshold": p.amax(0),
-        "largest |gradient|": gradient.abs().amax(0),
+        "largest absolute gradient": gradient.abs().amax(0),
         "norm of the gradient": gradient.norm(dim=0),
-        "norm of the gradient times |W_v - mean W|": gradient.norm(dim=0) * (weight - weight.mean(0)).norm(dim=1),
+        "norm of the gradient times that of W_v - mean W": gradient.norm(dim=0) * (weight - weight.mean(0)).norm(dim=1),
     }
     norm = exact[0].norm()
     random = weight @ torch.randn(weight.shape[1], 63, generator=torch.Generator().manual_seed(0))
@@ -199,7 +203,7 @@ def main():
     parser.add_argument("--text", help="a file of lines: text, or JSON objects with strings")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--chunk", type=int, nargs="+", default=[2048, 341], help="rows of a chunk (341: the default)")
-    parser.add_argument("--rank", type=int, nargs="+", default=[active_vocab.RANK, 1])
+    parser.add_argument("--rank", type=int, nargs="+", default=[active_vocab.RANK, 1, 0], help="0: no tail")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alternatives", action="store_true", help="also compare columns and tails; minutes")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its CPU seconds")
