@@ -390,6 +390,16 @@ def test_no_tensor_outgrows_the_workspace(path, dtype, options, device):
     assert largest[0][0] == largest[1][0], largest
 
 
+def test_a_weight_is_converted_in_slices(device):
+    """bf16 operands, float32 logits on the CPU: no float32 copy of the weight."""
+    p = problem(50, V=3001, D=100, dtype=torch.bfloat16, device=device)
+    with torch.no_grad(), Recorder() as recorder:
+        gem_kernels.linear_token_stats(
+            p.hidden, p.weight, p.targets, logits_dtype=torch.float32, workspace_bytes=1 << 17
+        )
+    assert max(recorder.made)[0] <= 1 << 17
+
+
 GEMMS = {
     "stats": {"all": 4, "hidden": 3, "weight": 3, "none": 1},
     "score": {"all": 4, "hidden": 3, "weight": 3, "none": 1},
