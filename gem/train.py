@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from gem.checkpoint import MetricsLog, check_run_directory, make_run_directory, save_model
 from gem.config import TrainConfig, save_config
 from gem.data import TokenizedPair, check_lengths, prompt_format, read_pairs, split_pairs
-from gem.evaluate import Evaluation, evaluate, summarize
+from gem.evaluate import AnswerAccuracy, Evaluation, PreferenceAccuracy, evaluate, summarize
 from gem.filtering import ScoredRollout, Scoring, score_rollout
 from gem.model import context_length, end_token_ids, find_model, load_config, load_model, load_tokenizer
 from gem.progress import progress
@@ -260,30 +260,25 @@ def evaluation_metrics(result: Evaluation) -> dict[str, Any]:
 
 def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
     """Preference and answer accuracy with 95 % intervals, and the candidates' means, a column for each stage."""
-    table = Table(title="Held-out pairs", title_justify="left")
-    table.add_column("")
-    names = {"start": "start", "SFT": "after SFT", "SEGA": "after SEGA"}
-    for stage in evaluations:
-        table.add_column(names.get(stage, stage), justify="right")
-
-    def row(name: str, cells: list[str]) -> None:
-        table.add_row(name, *cells)
-
-    def share(result: Any) -> str:
-        return "-" if result is None else f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
-
-    def mean(evaluation: Evaluation, key: str) -> str:
-        return "-" if evaluation.candidates is None else f"{getattr(evaluation.candidates, key):.3f}"
-
     stages = list(evaluations.values())
-    row(f"preference accuracy ({stages[0].preference.num_pairs} pairs)", [share(e.preference) for e in stages])
+    names = {"start": "start", "SFT": "after SFT", "SEGA": "after SEGA"}
+    table = Table(title="Held out (how many)", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for stage in evaluations:
+        table.add_column(names.get(stage, stage), justify="right", no_wrap=True)
+
+    def shares(name: str, results: list[PreferenceAccuracy | None] | list[AnswerAccuracy | None]) -> None:
+        table.add_row(name, *["-" if r is None else f"{r.accuracy:.3f}" for r in results])
+        table.add_row("  95 % interval", *["-" if r is None else f"[{r.low:.3f}, {r.high:.3f}]" for r in results])
+
+    shares(f"preference accuracy ({stages[0].preference.num_pairs})", [e.preference for e in stages])
     problems = stages[0].answers.num_problems if stages[0].answers else 0
-    row(f"answer accuracy ({problems} problems)", [share(e.answers) for e in stages])
+    shares(f"answer accuracy ({problems})", [e.answers for e in stages])
     for name, key in (
         ("mean score S", "score"), ("H_final (nats)", "h_final"), ("H_fork (nats)", "h_fork"),
-        ("answer span found", "answer_span_found"), ("completion length (tokens)", "mean_length"),
+        ("answer span found", "answer_span_found"), ("tokens per completion", "mean_length"),
     ):  # fmt: skip
-        row(name, [mean(e, key) for e in stages])
+        table.add_row(name, *["-" if e.candidates is None else f"{getattr(e.candidates, key):.3f}" for e in stages])
     return table
 
 

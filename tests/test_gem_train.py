@@ -17,7 +17,7 @@ from gem.checkpoint import save_model
 from gem.config import build_config, load_config
 from gem.data import write_jsonl
 from gem.errors import UserError
-from gem.train import TrainResult, train
+from gem.train import TrainResult, evaluation_table, train
 
 TINY_RUN = {
     "num_generations": 3, "max_completion_length": 10, "max_steps": 3, "prompts_per_step": 4, "micro_batch_size": 2,
@@ -75,6 +75,18 @@ def test_metrics_say_what_happened(result):
     assert list(result.evaluations) == ["start", "SFT", "SEGA"]
     assert result.evaluations["start"].preference.num_pairs == 5  # a fifth of 24
     assert rows[-1]["eval/preference_accuracy"] == result.evaluations["SEGA"].preference.accuracy
+
+
+def test_the_table_fits_a_terminal_and_shows_what_was_measured(result):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(evaluation_table(result.evaluations))
+    lines = console.file.getvalue().splitlines()
+    assert all(name in lines[2] for name in ("start", "after SFT", "after SEGA"))
+    row = next(line for line in lines if "preference accuracy (5)" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == [
+        f"{result.evaluations[stage].preference.accuracy:.3f}" for stage in ("start", "SFT", "SEGA")
+    ]
+    assert "…" not in console.file.getvalue()
 
 
 def test_the_same_seed_gives_the_same_run(folder, result):
@@ -170,7 +182,7 @@ def test_data_score_and_evaluate_from_the_command_line(folder, tmp_path, monkeyp
     assert code == 0 and result["eval/preference_num_pairs"] == 5
     assert result["eval/preference_low"] <= result["eval/preference_accuracy"] <= result["eval/preference_high"]
     code, out, _ = call(["evaluate", model, str(pairs)], monkeypatch, capsys)
-    assert code == 0 and "preference accuracy (5 pairs)" in out
+    assert code == 0 and "preference accuracy (5)" in out
 
 
 @pytest.mark.parametrize(
