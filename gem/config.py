@@ -1,102 +1,38 @@
-"""The configuration of a run: one typed dataclass, filled from a YAML file with `--key value` flags on top.
+"""The configuration of a run: read from a YAML file with `--key value` flags on top, checked, saved, printed.
 
-Every field has one meaning, one type and one default. An unknown key, a value of the wrong type and a value out of
-range raise `UserError` with the name, what was expected and what came.
+The settings themselves are in gem/settings.py. An unknown key, a value of the wrong type and a value out of range
+raise `UserError` with the name, what was expected and what came.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from gem.errors import UserError
+from gem.settings import CHOICES, DIRECT_SYSTEM_PROMPT, PRESETS, SYSTEM_PROMPT, TrainConfig
 
-SYSTEM_PROMPT = (
-    "Solve the problem step by step, one short step per line. "
-    "Then end with 'Final Answer: ' followed by the answer alone."
-)
+__all__ = [
+    "DIRECT_SYSTEM_PROMPT", "PRESETS", "SYSTEM_PROMPT", "TrainConfig", "build_config", "commented_config",
+    "load_config", "parse_flags", "save_config",
+]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All settings of `gem train`. Batch sizes count prompts unless the name says otherwise."""
-
-    # What is trained on what, and where it goes.
-    model: str = ""  # a local directory, a GGUF file (or a directory holding one), or a hub id
-    train_file: str = ""  # JSONL of {"prompt", "chosen", "rejected", optional "answer"}
-    eval_file: str | None = None  # held-out pairs; none: `eval_fraction` of train_file is held out
-    eval_fraction: float = 0.2
-    output_dir: str = ""  # the run's directory; must not exist or be empty
-    seed: int = 0
-
-    # Prompts and answers.
-    system_prompt: str = SYSTEM_PROMPT  # empty: no system prompt
-    answer_marker: str = "Final Answer:"
-    no_answer: Literal["tail", "exclude"] = "tail"  # span of a completion without the marker: its last fifth, or none
-
-    # Sampling of candidates.
-    num_generations: int = 4  # candidates per prompt, G
-    max_completion_length: int = 256  # tokens
-    temperature: float = 1.0  # of the sampler
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    rollout_batch_size: int = 16  # prompts sampled together (times num_generations sequences)
-
-    # Scores and advantages. Entropies and log-probs are those of the policy at this temperature; 1.0 is the model
-    # itself, whatever temperature it was sampled at.
-    score_temperature: float = 1.0
-    fork_weight: float = 1.0  # lambda of S = -H_final + lambda * H_fork
-    top_m: float | int = 0.1  # share (float) or count (int) of the reasoning tokens in H_fork
-    reward_mapping: Literal["identity", "softmax", "rank"] = "identity"
-    reward_scale: Literal["none", "group"] = "none"
-    mask_truncated: bool = False  # leave candidates without an end token out of the group
-
-    # SFT warm start on the chosen answers.
-    sft_epochs: int = 1  # 0: no warm start
-    sft_learning_rate: float = 2e-5
-    sft_batch_size: int = 8  # pairs per optimizer step
-
-    # SEGA.
-    max_steps: int = 10  # optimizer steps, each on fresh candidates; 0: none
-    prompts_per_step: int = 8
-    learning_rate: float = 1e-6
-    loss_type: Literal["sum", "mean", "token", "constant"] = "sum"
-
-    # The optimizer, for both.
-    micro_batch_size: int = 4  # prompts per forward and backward; the gradient does not depend on it
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0
-    lr_schedule: Literal["constant", "linear"] = "constant"
-
-    # Evaluation, before and after.
-    eval_batch_size: int = 8  # prompts per forward or generate batch
-    preference_reduction: Literal["sum", "mean"] = "sum"  # implicit reward: log-prob of the answer, whole or per token
-    eval_generate: int = 64  # held-out problems answered greedily; 0: none
-    eval_sample: int = 16  # held-out prompts with G candidates sampled and scored; 0: none
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-
-
-# Settings that must be at least this much.
-_AT_LEAST: dict[str, float] = {
-    "num_generations": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "rollout_batch_size": 1,
-    "fork_weight": 0, "sft_epochs": 0, "sft_learning_rate": 0, "sft_batch_size": 1, "max_steps": 0,
-    "prompts_per_step": 1, "learning_rate": 0, "micro_batch_size": 1, "weight_decay": 0, "warmup_steps": 0,
-    "eval_batch_size": 1, "eval_generate": 0, "eval_sample": 0, "seed": 0,
-}  # fmt: skip
-_POSITIVE = ("max_grad_norm", "score_temperature", "top_p", "eval_fraction", "top_m")
-_AT_MOST_ONE = ("top_p",)
-_NOT_EMPTY = ("model", "train_file", "output_dir", "answer_marker")
+_NOT_EMPTY = ("model", "train_file", "output_dir", "answer_marker", "answer_span")
+_LIMITS = {
+    "least": ("at least", lambda value, limit: value >= limit),
+    "most": ("at most", lambda value, limit: value <= limit),
+    "above": ("more than", lambda value, limit: value > limit),
+    "below": ("less than", lambda value, limit: value < limit),
+}
 
 
 def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides: Any) -> TrainConfig:
@@ -108,13 +44,18 @@ def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides:
 
 
 def build_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Checks every key and value and returns the config; raises `UserError` on the first that is wrong."""
+    """Checks every key and value and returns the config; raises `UserError` on the first that is wrong.
+
+    Keys that are not given take the preset's value, or else the default.
+    """
     hints = typing.get_type_hints(TrainConfig)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             raise UserError(f"config: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    config = TrainConfig(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
+    preset = _typed("preset", values.get("preset", "paper"), hints["preset"])
+    merged = {**PRESETS[preset], **values}
+    config = TrainConfig(**{key: _typed(key, value, hints[key]) for key, value in merged.items()})
     _check_ranges(config)
     return config
 
@@ -142,6 +83,26 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def commented_config(preset: str = "paper") -> str:
+    """Every setting with its default under `preset` and its meaning, as a YAML file to start from."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    lines = ["# What is set here stands over the preset; lines left out take the preset's value."]
+    for field in dataclasses.fields(TrainConfig):
+        value = preset if field.name == "preset" else PRESETS[preset].get(field.name, field.default)
+        if field.metadata["section"]:
+            lines += ["", *textwrap.wrap(f"{field.metadata['section']}", 110, initial_indent="## ")]
+        choices = f" ({' | '.join(typing.get_args(_hint(field.name)))})" if _is_literal(_hint(field.name)) else ""
+        lines += textwrap.wrap(
+            f"{field.metadata['help']}{choices}", 110, initial_indent="# ", subsequent_indent="#   ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        value = list(value) if isinstance(value, tuple) else value
+        dumped = yaml.safe_dump(value, width=1000, allow_unicode=True, default_flow_style=True)
+        lines.append(f"{field.name}: {dumped.splitlines()[0]}")  # a lone scalar is followed by "..."
+    return "\n".join(lines).strip("\n") + "\n"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -156,9 +117,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _hint(key: str) -> Any:
+    return typing.get_type_hints(TrainConfig).get(key)
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
 def _scalar(key: str, text: str) -> Any:
-    hint = typing.get_type_hints(TrainConfig).get(key)
-    if hint is str or typing.get_origin(hint) is Literal:
+    hint = _hint(key)
+    if hint is str or _is_literal(hint) or typing.get_origin(hint) is tuple:
         return text  # a string stays what was typed: no YAML reading of "no" or "1e3"
     try:
         return yaml.safe_load(text)
@@ -167,11 +136,16 @@ def _scalar(key: str, text: str) -> Any:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type: an int is a float, "1e-5" (a string in YAML 1.1) is a float, nothing else moves."""
-    if typing.get_origin(hint) is Literal:
+    """`value` as the field's type: an int is a float, "1e-5" (a string in YAML 1.1) is a float, "a,b" is a list."""
+    if _is_literal(hint):
         if value not in typing.get_args(hint) or not isinstance(value, str):
+            # YAML 1.1 reads a bare `off` as false.
+            if value is False and "off" in typing.get_args(hint):
+                return "off"
             raise UserError(f"config: {key}: expected one of {', '.join(typing.get_args(hint))}, got {value!r}")
         return value
+    if typing.get_origin(hint) is tuple:
+        return _names(key, value)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) in kinds:
         return value
@@ -184,21 +158,57 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     raise UserError(f"config: {key}: expected {names}, got {value!r}")
 
 
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """A list of names; a string is split at its commas, but one that begins with "regex:" is one pattern."""
+    if isinstance(value, str):
+        if value.startswith("["):
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"config: {key}: not a list: {value!r}") from error
+        else:
+            parts = [value] if value.startswith("regex:") else value.split(",")
+            value = [part.strip() for part in parts if part.strip()]
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        raise UserError(f"config: {key}: expected a list of {', '.join(CHOICES[key])}, got {value!r}")
+    for part in value:
+        if not any(_is_choice(part, choice) for choice in CHOICES[key]):
+            raise UserError(f"config: {key}: expected {', '.join(CHOICES[key])}, got {part!r}")
+    return tuple(value)
+
+
+def _is_choice(part: str, choice: str) -> bool:
+    if choice == "last_tokens:N":
+        return re.fullmatch(r"last_tokens:[1-9]\d*", part) is not None
+    if choice == "regex:PATTERN":
+        try:
+            return part.startswith("regex:") and bool(re.compile(part[len("regex:") :]).pattern)
+        except re.error as error:
+            raise UserError(f"config: answer_span: {part!r} is not a regular expression: {error}") from error
+    return part == choice
+
+
 def _check_ranges(config: TrainConfig) -> None:
-    for key, value in dataclasses.asdict(config).items():
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
         if isinstance(value, float) and not abs(value) < float("inf"):
             raise UserError(f"config: {key}: expected a finite number, got {value}")
-        if key in _NOT_EMPTY and not value.strip():
+        if key in _NOT_EMPTY and not (value.strip() if isinstance(value, str) else value):
             raise UserError(f"config: {key}: expected a value, got nothing; set it in the file or with --{key}")
-        if key in _AT_LEAST and value < _AT_LEAST[key]:
-            raise UserError(f"config: {key}: expected at least {_AT_LEAST[key]}, got {value}")
-        if key in _POSITIVE and value <= 0:
-            raise UserError(f"config: {key}: expected more than 0, got {value}")
-        if key in _AT_MOST_ONE and value > 1:
-            raise UserError(f"config: {key}: expected at most 1, got {value}")
-    if config.eval_fraction >= 1:
-        raise UserError(f"config: eval_fraction: expected less than 1, got {config.eval_fraction}")
+        for name, limit in field.metadata["limits"].items():
+            words, holds = _LIMITS[name]
+            if value is not None and not holds(value, limit):
+                raise UserError(f"config: {key}: expected {words} {limit}, got {value}")
     if isinstance(config.top_m, float) and config.top_m > 1:
         raise UserError(f"config: top_m: expected a share up to 1.0 or a whole count, got {config.top_m}")
-    if config.max_steps > 0 and config.num_generations < 2:
+    if config.max_steps > 0 and config.objective != "dpo" and config.num_generations < 2:
         raise UserError(f"config: num_generations: expected at least 2 to compare, got {config.num_generations}")
+    if config.epsilon_high is not None and config.epsilon is None:
+        raise UserError("config: epsilon_high: expected epsilon with it, got none; set epsilon, or leave both out")
+    if config.load_in_4bit and not config.use_peft:
+        raise UserError("config: load_in_4bit: 4-bit weights cannot be trained; set use_peft: true with it")
+    if config.overlong_buffer > config.max_completion_length:
+        raise UserError(
+            f"config: overlong_buffer: expected at most max_completion_length ({config.max_completion_length}), "
+            f"got {config.overlong_buffer}"
+        )
