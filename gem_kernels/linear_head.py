@@ -21,8 +21,6 @@ from .types import TokenStats
 WORKSPACE_BYTES = 128 * 2**20
 # A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
 WORKSPACE_BYTES_CPU = 64 * 2**20
-# A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
-WORKSPACE_BYTES_CPU = 64 * 2**20
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .linear_head import (
     token_rows,
     with_active_vocab,
 )
-from .losses import check_loss, sequence_weights, token_counts
+from .losses import check_loss, sequence_weights, token_counts, weighted_sum
 from .scores import counted_targets, entropy_scores, group_advantages
 from .types import PolicyLossOutput, SegaOutput
 
@@ -426,7 +426,7 @@ def _one_shot(batch: _Batch, rows, head: Head, weights, advantages, bounds, grou
             part = group_advantages(scores.score, group_size, valid=scores.valid, **group)
             advantages[sequences[0] : sequences[1]] = part
         a = (-advantages * weights)[sequence[begin:end]]
-        loss += (a * logprobs[begin:end]).sum()
+        loss += weighted_sum(a, logprobs[begin:end])
         shot.gradients(entropy[begin:end], a, torch.zeros_like(a))
     spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
     return *spread, advantages, loss, shot.finish(), shot.report()
@@ -438,7 +438,7 @@ def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, gro
     scores = batch.scores(entropy)
     advantages = group_advantages(scores.score, group_size, valid=scores.valid, **group)
     a = (-advantages * weights)[batch.sequence_of(rows)]
-    loss = (a * stats[0]).sum()
+    loss = weighted_sum(a, stats[0])
     gradients, report = (None, None, None), None
     if any(needs):
         gradients, report = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)

@@ -46,6 +46,11 @@ def sequence_weights(counts, valid, loss_type, max_completion_length, denominato
     return torch.where(valid & (Z != 0), c / torch.where(Z == 0, 1.0, Z), 0.0)
 
 
+def weighted_sum(weights: Tensor, logprobs: Tensor) -> Tensor:
+    """sum w * logprob, where a token without weight counts for nothing, were its target impossible (0 * -inf)."""
+    return torch.where((weights == 0) & logprobs.isneginf(), 0.0, weights * logprobs).sum()
+
+
 def check_loss(loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, dev):
     arguments.check_choice("loss_type", loss_type, LOSS_TYPES)
     if max_completion_length is not None:
@@ -175,7 +180,7 @@ def sega_loss(
     # Ignored tokens have logprob 0 and gradient 0 already.
     weights = _per_token(-advantages * weights, targets, completion_mask, cu_seqlens)
     return SegaOutput(
-        (weights * stats.logprobs).sum(),
+        weighted_sum(weights, stats.logprobs),
         scores.score,
         scores.final_entropy,
         scores.fork_entropy,

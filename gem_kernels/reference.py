@@ -216,7 +216,9 @@ def sega_loss(
     )
     weights = sequence_weights(lengths, scores.valid, loss_type, max_completion_length, denominator)
     per_token = (-advantages * weights).to(stats.logprobs.dtype)[sequence]
-    loss = (per_token * torch.where(counted, stats.logprobs, torch.zeros_like(stats.logprobs))).sum()
+    # A token without weight counts for nothing, were its target impossible.
+    dropped = ~counted | ((per_token == 0) & stats.logprobs.isneginf())
+    loss = torch.where(dropped, torch.zeros_like(stats.logprobs), per_token * stats.logprobs).sum()
     return SegaOutput(
         loss,
         scores.score,
