@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from gem.checkpoint import MetricsLog, check_run_directory, make_run_directory, save_model
 from gem.config import TrainConfig, save_config
 from gem.data import TokenizedPair, check_lengths, prompt_format, read_pairs, split_pairs
+from gem.distributed import make_accelerator
 from gem.evaluate import AnswerAccuracy, Evaluation, PreferenceAccuracy, evaluate, summarize
 from gem.filtering import ScoredRollout, Scoring, score_rollout
 from gem.model import context_length, end_token_ids, find_model, load_config, load_model, load_tokenizer
 from gem.progress import progress
 from gem.rollout import Sampling, roll_out
-from gem.update import SegaUpdate, StepResult, Trainer, groups_with_gradient, sega_step, sft_step
+from gem.trainer import Trainer
+from gem.update import SegaUpdate, StepResult, groups_with_gradient, sega_step, sft_step
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,6 @@ def run_sft(session: Session) -> None:
                 trainer,
                 pairs,
                 pad_id=session.tokenizer.pad_token_id,
-                max_grad_norm=config.max_grad_norm,
                 micro_batch_size=config.micro_batch_size,
             )
             session.metrics.write(
@@ -208,7 +209,6 @@ def sega_update(config: TrainConfig) -> SegaUpdate:
         loss_type=config.loss_type,
         max_completion_length=config.max_completion_length,
         temperature=config.score_temperature,
-        max_grad_norm=config.max_grad_norm,
         micro_batch_size=config.micro_batch_size,
     )
 
@@ -299,6 +299,8 @@ def _trainer(session: Session, learning_rate: float, total_steps: int) -> Traine
     config = session.config
     return Trainer(
         session.model,
+        make_accelerator(config.device),
+        max_grad_norm=config.max_grad_norm,
         learning_rate=learning_rate,
         total_steps=total_steps,
         warmup_steps=config.warmup_steps,

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from gem.data import CompletionBatch, TokenizedPair, collate
 from gem.filtering import ScoredRollout
 from gem.policy import completion_sega_loss, completion_stats
+from gem.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class SegaUpdate:
     loss_type: str = "sum"
     max_completion_length: int = 256
     temperature: float = 1.0
-    max_grad_norm: float = 1.0
     micro_batch_size: int = 4  # prompts
 
 
@@ -38,66 +36,22 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     num_sequences: int
+    skipped: bool = False  # the loss or the gradient was not finite: no step was taken
 
 
-class Trainer:
-    """A model with AdamW and its learning rate: `warmup_steps` up from 0, then constant or linear to 0."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        learning_rate: float,
-        total_steps: int,
-        warmup_steps: int = 0,
-        lr_schedule: str = "constant",
-        weight_decay: float = 0.0,
-    ) -> None:
-        self.model = model
-        self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=weight_decay
-        )
-
-        def factor(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            if lr_schedule == "linear":
-                return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
-            return 1.0
-
-        self.scheduler = LambdaLR(self.optimizer, factor)
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
-
-    def step(self, max_grad_norm: float) -> float:
-        """Clips the gradient to `max_grad_norm`, takes the step, clears the gradient; the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-
-def sft_step(
-    trainer: Trainer, pairs: Sequence[TokenizedPair], *, pad_id: int, max_grad_norm: float, micro_batch_size: int
-) -> StepResult:
+def sft_step(trainer: Trainer, pairs: Sequence[TokenizedPair], *, pad_id: int, micro_batch_size: int) -> StepResult:
     """One step on -log p(chosen | prompt), the mean over all answer tokens of the step (end token included)."""
     num_tokens = sum(len(pair.chosen_ids) for pair in pairs)
     # Pairs of like length share a micro-batch; the gradient is a sum, so the order is free.
     ordered = sorted(pairs, key=lambda pair: len(pair.prompt_ids) + len(pair.chosen_ids))
-    learning_rate, loss = trainer.learning_rate, 0.0
+    learning_rate = trainer.learning_rate
     trainer.model.train()
-    for start in range(0, len(ordered), micro_batch_size):
-        part = ordered[start : start + micro_batch_size]
+    for part, weight in trainer.micro_batches(ordered, micro_batch_size):
         batch = collate([p.prompt_ids for p in part], [p.chosen_ids for p in part], pad_id)
-        part_loss = -completion_stats(trainer.model, batch).logprobs.sum() / num_tokens
-        part_loss.backward()
-        loss += part_loss.item()
+        trainer.backward(-weight * completion_stats(trainer.model, batch).logprobs.sum() / num_tokens)
     trainer.model.eval()
-    return StepResult(loss, trainer.step(max_grad_norm), learning_rate, num_tokens, len(pairs))
+    outcome = trainer.step()
+    return StepResult(outcome.loss, outcome.grad_norm, learning_rate, num_tokens, len(pairs), outcome.skipped)
 
 
 def sega_step(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate) -> StepResult | None:
@@ -112,10 +66,9 @@ def sega_step(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate) -> St
     denominator = sega_denominator(
         scored.scores.valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
     )
-    learning_rate, loss, num_tokens = trainer.learning_rate, 0.0, 0
+    learning_rate = trainer.learning_rate
     trainer.model.train()
-    for start in range(0, len(kept), update.micro_batch_size):
-        groups = kept[start : start + update.micro_batch_size]
+    for groups, weight in trainer.micro_batches(kept, update.micro_batch_size):
         part, rows = select_groups(batch, groups)
         output = completion_sega_loss(
             trainer.model,
@@ -127,12 +80,12 @@ def sega_step(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate) -> St
             max_completion_length=update.max_completion_length,
             temperature=update.temperature,
         )
-        output.loss.backward()
-        loss += output.loss.item()
-        num_tokens += int(part.lengths.sum())
+        trainer.backward(weight * output.loss)
     trainer.model.eval()
+    outcome = trainer.step()
+    num_tokens = int(select_groups(batch, kept)[0].lengths.sum())
     num_sequences = len(kept) * batch.num_generations
-    return StepResult(loss, trainer.step(update.max_grad_norm), learning_rate, num_tokens, num_sequences)
+    return StepResult(outcome.loss, outcome.grad_norm, learning_rate, num_tokens, num_sequences, outcome.skipped)
 
 
 def groups_with_gradient(scored: ScoredRollout) -> list[int]:

@@ -5,14 +5,17 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from gem_tiny import tiny_model, tiny_tokenizer
 
 from gem.data import TokenizedPair
 from gem.filtering import Scoring, score_rollout
 from gem.rollout import given_completions
-from gem.update import SegaUpdate, Trainer, sega_denominator, sega_step, sft_step
+from gem.trainer import StepOutcome, Trainer
+from gem.update import SegaUpdate, sega_denominator, sega_step, sft_step
 from gem_kernels import EntropyScores
 
+CPU = Accelerator(cpu=True)
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
 TEXTS = (
@@ -39,12 +42,13 @@ class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
     def __init__(self, model):
-        super().__init__(model, learning_rate=1e-3, total_steps=1)
+        super().__init__(model, CPU, learning_rate=1e-3, total_steps=1)
 
-    def step(self, max_grad_norm):
+    def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
         self.model.zero_grad()
-        return float(self.gradient.norm())
+        loss, self._loss = float(self._loss), None
+        return StepOutcome(loss, float(self.gradient.norm()), False)
 
 
 @pytest.mark.parametrize("loss_type", ["sum", "mean", "token", "constant"])
@@ -77,7 +81,7 @@ def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_token
     losses, gradients = [], []
     for micro_batch_size in (8, 2, 1):
         trainer = Recorder(model)
-        result = sft_step(trainer, pairs, pad_id=0, max_grad_norm=1.0, micro_batch_size=micro_batch_size)
+        result = sft_step(trainer, pairs, pad_id=0, micro_batch_size=micro_batch_size)
         losses.append(result.loss)
         gradients.append(trainer.gradient)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
@@ -95,7 +99,7 @@ def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_token
 def test_sega_step_raises_the_better_candidate_and_lowers_the_worse():
     model = tiny_model()
     scored = score_rollout(model, rollout_of(num_prompts=1), Scoring(), batch_size=1)
-    trainer = Trainer(model, learning_rate=1e-3, total_steps=3)
+    trainer = Trainer(model, CPU, learning_rate=1e-3, total_steps=3)
     sega_step(trainer, scored, SegaUpdate(max_completion_length=64))
     after = score_rollout(model, scored.rollout, Scoring(), batch_size=1)
     change = (after.logprobs - scored.logprobs).sum(1)
@@ -124,7 +128,7 @@ def test_equal_scores_take_no_step():
     rollout = given_completions(TOKENIZER, prompts, [row, row], end_token_ids=[END], marker="Final Answer:")
     scored = score_rollout(model, rollout, Scoring(), batch_size=1)
     before = [p.clone() for p in model.parameters()]
-    assert sega_step(Trainer(model, learning_rate=1.0, total_steps=1), scored, SegaUpdate()) is None
+    assert sega_step(Trainer(model, CPU, learning_rate=1.0, total_steps=1), scored, SegaUpdate()) is None
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
@@ -159,11 +163,11 @@ def test_learning_rate_warms_up_and_falls():
     model = tiny_model()
 
     def rates(**arguments):
-        trainer = Trainer(model, learning_rate=1.0, total_steps=6, **arguments)
+        trainer = Trainer(model, CPU, learning_rate=1.0, total_steps=6, **arguments)
         seen = []
         for _ in range(6):
             seen.append(trainer.learning_rate)
-            trainer.step(1.0)
+            trainer.step()
         return seen
 
     assert rates() == [1.0] * 6
@@ -176,11 +180,11 @@ def test_the_gradient_is_clipped_and_its_norm_reported():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     size = sum(p.numel() for p in model.parameters())
-    trainer = Trainer(model, learning_rate=1.0, total_steps=1)
+    trainer = Trainer(model, CPU, learning_rate=1.0, total_steps=1, max_grad_norm=0.5)
     seen = []
     trainer.optimizer.register_step_pre_hook(
         lambda *_: seen.append(float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()))
     )
-    assert trainer.step(0.5) == pytest.approx(math.sqrt(size), rel=1e-4)
+    assert trainer.step().grad_norm == pytest.approx(math.sqrt(size), rel=1e-4)
     assert seen == [pytest.approx(0.5, rel=1e-3)]
     assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,151 @@
+"""Several processes as one: what a process does of a step, and sums, lists and parameters over all of them.
+
+The unit of work is a prompt. Every process knows the whole step: it samples its share of the prompts, the candidates
+are gathered, and scores, denominators and metrics are computed from all of them everywhere. So there is nothing to
+average and nothing that depends on how many processes there are. `accelerate launch` starts the processes; with one
+process every function here is the identity.
+
+Data parallel (a whole model in each process) needs no wrapper: the gradient is a sum, which `Trainer.step` takes over
+the processes before the step. DistributedDataParallel would reduce it from hooks of each backward, and would have to
+know which micro-batch is the last. FSDP2 shards the parameters and reduces in its own backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gem.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """True in the one process that writes."""
+    return rank() == 0
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's part of `items`: every world_size-th, from its rank on."""
+    return items[rank() :: world_size()]
+
+
+def gather(part: Sequence[Item]) -> list[Item]:
+    """The whole list of which every process gives its `share`, in the order of the whole; on every process."""
+    if world_size() == 1:
+        return list(part)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, list(part))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """Element by element, in float64; a NaN or infinity of one process reaches all."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=_wire_device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def make_accelerator(device: str = "auto") -> Accelerator:
+    """accelerate's view of how this process was launched; `device` "cpu" keeps it off the accelerators."""
+    accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("accelerate: DeepSpeed is not supported; shard with --use_fsdp --fsdp_version 2 instead")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("accelerate: FSDP version 1 is not supported; launch with --fsdp_version 2")
+    if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("accelerate: launch with --mixed_precision no; `dtype` of the config says how weights are kept")
+    return accelerator
+
+
+def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model as every process trains it: the same weights everywhere, or, under FSDP2, its shard of them."""
+    if world_size() == 1:
+        return model
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            dist.broadcast(tensor.data, src=0)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return fsdp2_prepare_model(accelerator, model)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate shards on accelerators only
+        return shard(model)
+    return model
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """fully_shard on every decoder layer (the model's own `_no_split_modules`) and on the rest."""
+    whole_blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    for module in model.modules():
+        if type(module).__name__ in whole_blocks:
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within, forward passes without gradient need no other process: under FSDP2 the parameters are whole everywhere.
+
+    Sampling needs it, as the processes' rows end at different tokens; it costs the memory of the whole weights.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        yield
+        return
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)  # FSDP2's default: all but the root
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a parameter that may be sharded, detached; a collective under FSDP2."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """`parameter` becomes the whole tensor `value`, this process's shard of it under FSDP2."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def _wire_device() -> torch.device:
+    """Where a tensor must be for the process group's backend."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
