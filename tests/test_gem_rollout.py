@@ -1,5 +1,6 @@
 """Rollouts and the forward pass: what padding, sharing a prompt, and leaving the batch early must never change."""
 
+import numpy as np
 import pytest
 import torch
 from gem_tiny import tiny_model, tiny_tokenizer
@@ -7,7 +8,7 @@ from gem_tiny import tiny_model, tiny_tokenizer
 from gem import policy
 from gem.data import collate, pad_rows
 from gem.policy import completion_hidden, completion_stats
-from gem.rollout import Sampling, given_completions, pick_tokens, roll_out, sample_tokens
+from gem.rollout import Sampling, given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -75,9 +76,14 @@ def test_gradient_checkpointing_in_training_does_not_share():
     assert not policy.can_share_prompt(model)
 
 
+def sample(prompts, sampling, ends):
+    keys = row_keys(0, 0, range(len(prompts)), sampling.num_generations)
+    return [row.ids for row in sample_tokens(MODEL, *pad_rows(prompts, 0, left=True), sampling, ends, keys)]
+
+
 def test_greedy_is_the_argmax_of_each_sequence_alone():
     sampling = Sampling(num_generations=1, max_completion_length=12, temperature=0.0)
-    rows = sample_tokens(MODEL, *pad_rows(PROMPTS, 0, left=True), sampling, [END], torch.Generator())
+    rows = sample(PROMPTS, sampling, [END])
     with torch.no_grad():
         for prompt, row in zip(PROMPTS, rows):
             ids = list(prompt)
@@ -91,11 +97,10 @@ def test_rows_that_end_early_leave_the_others_as_they_were():
     """Greedy rows with many end tokens (so that rows leave the batch) are prefixes of the rows with none."""
     sampling = Sampling(num_generations=2, max_completion_length=24, temperature=0.0)
     prompts = [TOKENIZER.encode(text) for text in ("b", "hello", "xyz 12", "what", "Q", "7 * 6 =")]
-    padded = pad_rows(prompts, 0, left=True)
-    whole = sample_tokens(MODEL, *padded, sampling, [], torch.Generator())
+    whole = sample(prompts, sampling, [])
     tokens = sorted({t for row in whole for t in row})
     ends = tokens[::3]
-    cut = sample_tokens(MODEL, *padded, sampling, ends, torch.Generator())
+    cut = sample(prompts, sampling, ends)
     lengths = set()
     for long, short in zip(whole, cut):
         first = next((i for i, t in enumerate(long) if t in ends), len(long) - 1)
@@ -104,11 +109,12 @@ def test_rows_that_end_early_leave_the_others_as_they_were():
     assert len(lengths) > 1 and min(lengths) < 24
 
 
-def roll(prompts, seed, num_generations=4, ends=(END,), **more):
+def roll(prompts, seed, num_generations=4, ends=(END,), batch_size=2, step=0, stats_temperature=None, **more):
     sampling = Sampling(num_generations, 16, **more)
     return roll_out(
-        MODEL, TOKENIZER, prompts, sampling, end_token_ids=ends, marker="Final Answer:", seed=seed, batch_size=2
-    )
+        MODEL, TOKENIZER, prompts, sampling, end_token_ids=ends, marker="Final Answer:", seed=seed,
+        batch_size=batch_size, step=step, stats_temperature=stats_temperature,
+    )  # fmt: skip
 
 
 def test_a_rollout_is_cut_at_the_first_of_all_end_tokens():
@@ -134,21 +140,64 @@ def test_the_seed_decides_the_rollout():
     assert len(set(one.texts[:4])) > 1  # candidates of one prompt differ
 
 
-def draws(logits, **sampling):
-    logits = torch.tensor([logits]).log().expand(4000, -1)
-    tokens = pick_tokens(logits, Sampling(1, 1, **sampling), torch.Generator().manual_seed(0))
+def test_a_candidate_does_not_depend_on_its_batch():
+    prompts = [TOKENIZER.encode(text) for text in ("b", "hello there", "xyz 12", "what", "Q")]
+    more = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2}
+    whole, single = roll(prompts, 3, batch_size=5, **more), roll(prompts, 3, batch_size=1, **more)
+    assert whole.texts == single.texts
+    assert roll(prompts, 3, step=1, **more).texts != whole.texts
+    twice = roll([prompts[0]] * 2, 3, **more)
+    assert twice.texts[:4] == whole.texts[:4] and twice.texts[4:] != whole.texts[:4]
+
+
+def test_recorded_statistics_are_those_of_a_forward():
+    rollout = roll(PROMPTS, 2, ends=tuple(range(0, 272, 12)), stats_temperature=0.7, temperature=1.3, top_k=50)
+    with torch.no_grad():
+        stats = completion_stats(MODEL, rollout.batch, temperature=0.7)
+    assert len(set(rollout.batch.lengths.tolist())) > 1
+    torch.testing.assert_close(rollout.logprobs, stats.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rollout.entropy, stats.entropy, atol=1e-4, rtol=1e-4)
+    assert roll(PROMPTS, 2).entropy is None
+
+
+def test_draws_are_uniform_and_independent():
+    """SplitMix64 from key 0 begins with 0xE220A8397B1DCDAF (its published first output); moments of many rows."""
+    assert float(uniforms(np.zeros(1, dtype=np.uint64), 1)) == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+    values = uniforms(row_keys(0, 0, range(100), 4), 50)
+    assert len(set(values.flatten().tolist())) == values.numel()
+    assert float(values.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(values.var()) == pytest.approx(1 / 12, abs=3e-3)
+    assert abs(float(torch.corrcoef(values[:2])[0, 1])) < 0.5 and float(values.max()) < 1
+
+
+def shares(probs, seen=None, **sampling):
+    logits = torch.tensor([probs]).log().expand(4000, -1)
+    draws = uniforms(row_keys(0, 0, range(1000), 4), 1)[:, 0]
+    tokens = pick_tokens(logits, Sampling(1, 1, **sampling), draws, seen)
     return (torch.bincount(tokens, minlength=logits.shape[1]) / 4000).tolist()
 
 
-def test_temperature_top_k_and_top_p_by_hand():
+def test_filters_by_hand():
     probs = [0.5, 0.25, 0.15, 0.1]
-    assert draws(probs) == pytest.approx(probs, abs=0.03)
-    assert draws(probs, top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
-    assert draws(probs, top_p=0.8) == pytest.approx([5 / 9, 5 / 18, 1 / 6, 0], abs=0.03)
-    assert draws(probs, top_p=0.5) == [1, 0, 0, 0]
+    assert shares(probs) == pytest.approx(probs, abs=0.03)
+    assert shares(probs, top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
+    assert shares(probs, top_p=0.8) == pytest.approx([5 / 9, 5 / 18, 1 / 6, 0], abs=0.03)
+    assert shares(probs, top_p=0.49) == [1, 0, 0, 0]
+    assert shares(probs, min_p=0.25) == pytest.approx([5 / 9, 5 / 18, 1 / 6, 0], abs=0.03)
     sharp = [p**2 for p in probs]
-    assert draws(probs, temperature=0.5) == pytest.approx([p / sum(sharp) for p in sharp], abs=0.03)
-    assert draws(probs, temperature=0.0) == [1, 0, 0, 0]
+    assert shares(probs, temperature=0.5) == pytest.approx([p / sum(sharp) for p in sharp], abs=0.03)
+    assert shares(probs, temperature=0.0) == [1, 0, 0, 0]
+    # A log-prob of a token seen before is doubled: 0.5 becomes 0.25.
+    penalized = [p / 0.75 for p in (0.25, 0.25, 0.15, 0.1)]
+    seen = torch.zeros(4000, 3, dtype=torch.int64)
+    assert shares(probs, seen, repetition_penalty=2.0) == pytest.approx(penalized, abs=0.03)
+
+
+def test_the_ends_of_the_draw():
+    """A draw of 0 is the first token that is possible, the last before 1 the last one."""
+    logits = torch.tensor([[0.0, 0.3, 0.7, 0.0]]).log().expand(2, -1)
+    draws = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert pick_tokens(logits, Sampling(1, 1), draws).tolist() == [1, 2]
 
 
 def test_given_completions_have_the_form_of_a_rollout():
