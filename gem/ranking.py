@@ -110,9 +110,9 @@ def bradley_terry(probabilities: Tensor, valid: Tensor, *, tolerance: float = 1e
         shares = (1 / (strength[:, :, None] + strength[:, None, :])).masked_fill(~pairs, 0.0).sum(2)
         new = torch.where(compared, (wins / shares).log(), 0.0)
         new = torch.where(compared, new - _valid_mean(new, compared), 0.0)
-        done = bool((new - theta).abs().max() <= tolerance) if new.numel() else True
+        moved = (new - theta).abs().amax() if new.numel() else new.new_zeros(())
         theta = new
-        if done:
+        if not bool(moved > tolerance):  # NaN scores end it as well
             break
     return theta
 

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem.data import pad_rows
-from gem.spans import answers_match, extract_answer, find_answer_spans, normalize_answer
+from gem.errors import UserError
+from gem.spans import (
+    answer_finders,
+    answers_match,
+    explicit_answer,
+    extract_answer,
+    find_answer_spans,
+    normalize_answer,
+)
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -62,8 +70,68 @@ def test_the_marker_is_configurable():
     assert spans_of([bytes_of("#### 7")], "####").answer_start.tolist() == [5]
 
 
-SPACES = st.text("éü漢🙂a1 \n", max_size=6)
-ANSWERS = st.text("éü漢🙂a1", min_size=1, max_size=6)
+@pytest.mark.parametrize(
+    ("finder", "text", "before", "answer"),
+    [
+        ("boxed", r"So \boxed{3}, no: \boxed{\frac{1}{2}}.", r"So \boxed{3}, no: \boxed{", r"\frac{1}{2}"),
+        ("boxed", r"$\boxed { 4 }$", r"$\boxed { ", "4"),
+        ("boxed", r"\fbox{a \} b} end", r"\fbox{", r"a \} b"),
+        ("boxed", r"\boxed{7} and then \boxed{8", r"\boxed{", "7"),
+        ("boxed", r"\boxed{7", None, None),
+        ("boxed", r"\boxed{ } nothing", None, None),
+        ("answer_tag", "<answer>1</answer> b <answer>\n漢 2\nx</answer>", "<answer>1</answer> b <answer>\n", "漢 2"),
+        ("answer_tag", "<answer>never closed", None, None),
+        ("answer_tag", "</answer> first", None, None),
+        ("after_think", "<think>2 + 2</think>\n\nIt is 4.\nYes.", "<think>2 + 2</think>\n\n", "It is 4."),
+        ("after_think", "<think>never done", None, None),
+        ("after_think", "<think>x</think> \n", None, None),
+        ("last_sentence", 'He said "no." It is 3.5 kg.  ', 'He said "no." ', "It is 3.5 kg."),
+        ("last_sentence", "one line\nthe last\n\n", "one line\n", "the last"),
+        ("last_sentence", "一。二", "一。", "二"),
+        ("last_sentence", "only one", "", "only one"),
+        ("last_sentence", " \n", None, None),
+        ("last_tokens:3", "abcdef", "abc", "def"),
+        ("last_tokens:30", "abcdef", "", "abcdef"),
+        ("last_tokens:2", "  ", None, None),
+        (r"regex:= *(\d+)", "1 = 1, 2 =  22.", "1 = 1, 2 =  ", "22"),
+        (r"regex:\d+", "10 and 20", "10 and ", "20"),
+        (r"regex:(a)?b", "ab b", "", "a"),
+        (r"regex:x*", "none", None, None),
+    ],
+)
+@pytest.mark.parametrize("end", [[], [END]])
+def test_every_finder(finder, text, before, answer, end):
+    row = bytes_of(text) + end
+    spans = find_answer_spans(TOKENIZER, *pad_rows([row], 0, left=False), answer_finders([finder]), [END])
+    assert spans.answers == (answer,)
+    assert spans.answer_start.tolist() == [len(row) if answer is None else len(bytes_of(before))]
+    assert spans.found_by.tolist() == [-1 if answer is None else 0]
+
+
+def test_finders_are_tried_in_order_and_counted():
+    rows = [bytes_of(t) for t in (r"\boxed{1} Final Answer: 2", "Final Answer: 3", "It is 4", "<answer>5</answer>", "")]
+    names = ("boxed", "marker", "answer_tag", "last_tokens:1")
+    spans = find_answer_spans(TOKENIZER, *pad_rows(rows, 0, left=False), answer_finders(names), [END])
+    assert spans.answers == ("1", "3", "4", "5", None)
+    assert spans.found_by.tolist() == [0, 1, 3, 2, -1]
+    assert spans.hit_rates == {"boxed": 0.2, "marker": 0.2, "answer_tag": 0.2, "last_tokens:1": 0.2}
+    assert sum(spans.hit_rates.values()) == pytest.approx(spans.hit_rate)
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [(["box"], "box"), (["last_tokens:0"], ":0'"), (["last_tokens:x"], ":x'"), (["regex:("], "regular"), ([], "none")],
+)
+def test_a_wrong_finder_is_named(names, word):
+    with pytest.raises(UserError, match="answer_span") as error:
+        answer_finders(names)
+    assert word in str(error.value)
+
+
+def test_position_alone_is_no_explicit_answer():
+    finders = answer_finders(["last_tokens:2", "last_sentence", "boxed"])
+    assert explicit_answer("It is 4.", finders) is None
+    assert explicit_answer(r"It is \boxed{4}. Yes.", finders) == "4"
 
 
 @settings(max_examples=150, deadline=None)
