@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -149,3 +149,34 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 def _wire_device() -> torch.device:
     """Where a tensor must be for the process group's backend."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """`action` in the main process; its UserError is raised in every process."""
+    problem: list[str | None] = [None]
+    if is_main():
+        try:
+            action()
+        except UserError as error:
+            if world_size() == 1:
+                raise
+            problem = [str(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """What to save of a sharded model: every parameter and lasting buffer, whole, on the CPU. None where it is whole.
+
+    A collective. Tied parameters stay one tensor.
+    """
+    if not is_sharded(model):
+        return None
+    whole: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        tensor = whole_tensor(parameter)
+        whole[id(parameter)] = tensor.cpu() if is_main() else tensor.new_empty(0)
+    state = {name: whole[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: state[name] if name in state else value.cpu() for name, value in model.state_dict().items()}

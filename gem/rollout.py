@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     LogitsProcessorList,
@@ -30,7 +31,7 @@ from gem import distributed
 from gem.data import CompletionBatch, collate, pad_rows
 from gem.policy import forward, positions
 from gem.progress import Progress
-from gem.spans import AnswerSpans, decode, find_answer_spans
+from gem.spans import AnswerFinder, AnswerSpans, decode, find_answer_spans
 from gem_kernels import token_stats
 
 # Rows that have ended are dropped from the batch when they are a quarter of it: dropping copies the cache once.
@@ -78,6 +79,9 @@ class Rollout:
 class Sampler(Protocol):
     """Another engine that samples (gem.vllm)."""
 
+    def update(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Gives the engine the weights as they are now."""
+
     def sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, end_token_ids: Sequence[int], keys: np.ndarray
     ) -> list[SampledTokens]:
@@ -91,7 +95,7 @@ def roll_out(
     sampling: Sampling,
     *,
     end_token_ids: Sequence[int],
-    marker: str,
+    marker: Sequence[AnswerFinder] | str,
     seed: int,
     batch_size: int,
     step: int = 0,
@@ -138,7 +142,7 @@ def given_completions(
     completions: Sequence[Sequence[int]],
     *,
     end_token_ids: Sequence[int],
-    marker: str,
+    marker: Sequence[AnswerFinder] | str,
     statistics: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Rollout:
     """Token ids of completions, sampled here or written elsewhere, as a rollout; G = completions / prompts.
