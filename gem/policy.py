@@ -1,37 +1,53 @@
-"""The one place where the model runs forward: completions -> hidden states -> token statistics or the SEGA loss.
+"""The one place where the model runs forward: completions -> hidden states -> token statistics or a loss.
 
 The logits never exist: the head goes to the fused kernels, once it has been checked against the model's own logits
 (before its first use on a model).
 
 The G completions of a prompt share it, so the prompt runs once: its keys and values are repeated for the completions,
 and gradients flow back through them. With prompts as long as answers and G = 4 that is 2.5 times fewer tokens. Where
-the model offers no such cache (gradient checkpointing, G = 1, models with other state) prompt and completion are
-joined into one row, with the same numbers.
+that cannot be (gradient checkpointing, sharded parameters under gradients, G = 1, models with other state) prompt and
+completion are joined into one row, with the same numbers. `padding_free` puts those rows into a single one, without
+padding, told apart by their positions; it is for flash-attn, which then does no more than each sequence needs.
+
+A model may be bare, under peft, sharded by FSDP2 or within DistributedDataParallel.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from gem import distributed
 from gem.data import CompletionBatch
-from gem_kernels import SegaOutput, TokenStats, fused_linear_sega_loss, linear_token_stats
+from gem_kernels import (
+    PolicyLossOutput,
+    SegaOutput,
+    TokenStats,
+    fused_linear_policy_loss,
+    fused_linear_sega_loss,
+    linear_token_stats,
+)
 from gem_kernels.integrations.transformers import Head, hidden_states_and_head
 
 
-def completion_stats(model: PreTrainedModel, batch: CompletionBatch, *, temperature: float = 1.0) -> TokenStats:
+def completion_stats(
+    model: nn.Module, batch: CompletionBatch, *, temperature: float = 1.0, padding_free: bool = False
+) -> TokenStats:
     """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
-    batch = on_device(batch, model.device)
-    targets = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
-    hidden, head = completion_hidden(model, batch)
+    batch = on_device(batch, device_of(model))
+    hidden, head = completion_hidden(model, batch, padding_free)
     return linear_token_stats(
         hidden,
         head.weight,
-        targets,
+        counted_targets(batch),
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
@@ -39,20 +55,43 @@ def completion_stats(model: PreTrainedModel, batch: CompletionBatch, *, temperat
     )
 
 
+@torch.no_grad()
+def completion_logprobs(
+    model: nn.Module, batch: CompletionBatch, *, temperature: float, batch_size: int, padding_free: bool = False
+) -> Tensor:
+    """Log-probs [B, T] fp32 on the CPU, without gradient, `batch_size` prompts a forward.
+
+    With several processes each runs its share of the prompts, and all get the whole.
+    """
+    model.eval()
+    size, width = batch.num_generations, batch.completion_ids.shape[1]
+    mine = distributed.share(range(len(batch.prompt_ids)))
+    groups: list[Tensor] = []
+    with distributed.gathered(model):
+        for start in range(0, len(mine), batch_size):
+            part, _ = select_groups(batch, mine[start : start + batch_size])
+            found = completion_stats(model, part, temperature=temperature, padding_free=padding_free).logprobs.cpu()
+            found = torch.nn.functional.pad(found, (0, width - found.shape[1]))
+            groups += found.view(-1, size, width).unbind(0)
+    return torch.cat(distributed.gather(groups))
+
+
 def completion_sega_loss(
-    model: PreTrainedModel,
+    model: nn.Module,
     batch: CompletionBatch,
     *,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
+    advantages: Tensor,
+    valid: Tensor,
     denominator: float,
     loss_type: str,
     max_completion_length: int,
     temperature: float = 1.0,
+    padding_free: bool = False,
 ) -> SegaOutput:
     """The SEGA loss of a micro-batch, in one shot: advantages [B] and the whole step's `denominator` are given."""
-    batch = on_device(batch, model.device)
-    hidden, head = completion_hidden(model, batch)
+    device = device_of(model)
+    batch = on_device(batch, device)
+    hidden, head = completion_hidden(model, batch, padding_free)
     return fused_linear_sega_loss(
         hidden,
         head.weight,
@@ -61,8 +100,8 @@ def completion_sega_loss(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         completion_mask=batch.completion_mask,
-        advantages=advantages.to(model.device),
-        valid=valid.to(model.device),
+        advantages=advantages.to(device),
+        valid=valid.to(device),
         loss_type=loss_type,
         max_completion_length=max_completion_length,
         denominator=denominator,
@@ -70,7 +109,36 @@ def completion_sega_loss(
     )
 
 
-def completion_hidden(model: PreTrainedModel, batch: CompletionBatch) -> tuple[torch.Tensor, Head]:
+def completion_policy_loss(
+    model: nn.Module,
+    batch: CompletionBatch,
+    token_loss: Callable[..., Tensor],
+    token_inputs: Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    padding_free: bool = False,
+) -> PolicyLossOutput:
+    """Any loss that is a sum over completion tokens, in one shot: gem_kernels.fused_linear_policy_loss has its terms.
+
+    token_inputs: tensors [B, T]; they must make the loss of a token under the padding 0.
+    """
+    device = device_of(model)
+    batch = on_device(batch, device)
+    hidden, head = completion_hidden(model, batch, padding_free)
+    return fused_linear_policy_loss(
+        hidden,
+        head.weight,
+        counted_targets(batch),
+        token_loss,
+        token_inputs={name: value.to(device) for name, value in token_inputs.items()},
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        temperature=temperature,
+    )
+
+
+def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bool = False) -> tuple[Tensor, Head]:
     """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it."""
     width = batch.completion_ids.shape[1]
     prompt_ids = batch.prompt_ids.repeat_interleave(batch.num_generations, 0)
@@ -79,6 +147,11 @@ def completion_hidden(model: PreTrainedModel, batch: CompletionBatch) -> tuple[t
     input_ids = torch.cat([prompt_ids, batch.completion_ids[:, :-1]], 1)
     mask = torch.cat([prompt_mask, batch.completion_mask[:, :-1]], 1)
     position_ids = positions(mask)
+    if padding_free:
+        # No attention mask: positions that begin again at 0 tell the sequences apart.
+        hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None])
+        rows = (mask.flatten().cumsum(0) - 1).view(mask.shape)[:, -width:]  # under the padding: any row
+        return hidden[0][rows], head
     shared = batch.prompt_ids.shape[1] - 1  # the prompt's last token predicts the first answer token: it stays
     cache = prompt_cache(model, batch) if can_share_prompt(model) and batch.num_generations > 1 and shared else None
     if cache is None:
@@ -96,9 +169,10 @@ def completion_hidden(model: PreTrainedModel, batch: CompletionBatch) -> tuple[t
     return hidden[:, -width:], head
 
 
-def prompt_cache(model: PreTrainedModel, batch: CompletionBatch) -> DynamicCache:
+def prompt_cache(model: nn.Module, batch: CompletionBatch) -> DynamicCache:
     """Keys and values of each prompt but its last token, repeated for its completions."""
     mask = batch.prompt_mask[:, :-1]
+    model = inner_model(model)  # DistributedDataParallel counts one forward for each backward
     output = forward(
         model,
         1,
@@ -113,15 +187,19 @@ def prompt_cache(model: PreTrainedModel, batch: CompletionBatch) -> DynamicCache
     return cache
 
 
-def can_share_prompt(model: PreTrainedModel) -> bool:
+def can_share_prompt(model: nn.Module) -> bool:
     """True where a plain cache of keys and values can be repeated and trained through."""
+    model = inner_model(model)
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    # FSDP2 gathers a layer for backward when a gradient reaches its output; the prompt's comes through the cache.
+    if torch.is_grad_enabled() and any(isinstance(module, FSDPModule) for module in model.modules()):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
 
 
-def forward(model: PreTrainedModel, num_logits: int, **inputs: Any) -> Any:
+def forward(model: nn.Module, num_logits: int, **inputs: Any) -> Any:
     """model(**inputs) with logits for the last `num_logits` columns only: the head skips the prompt where it can."""
     if keeps_logits(model):
         return model(**inputs, logits_to_keep=num_logits)
@@ -130,11 +208,40 @@ def forward(model: PreTrainedModel, num_logits: int, **inputs: Any) -> Any:
     return output
 
 
-def keeps_logits(model: PreTrainedModel) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the causal LM within takes `logits_to_keep`; wrappers pass it on."""
+    model = inner_model(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return inner_model(model).device
+
+
+def counted_targets(batch: CompletionBatch) -> Tensor:
+    """Completion tokens [B, T], -100 under the padding."""
+    return batch.completion_ids.masked_fill(~batch.completion_mask, -100)
+
+
+def select_groups(batch: CompletionBatch, groups: Sequence[int]) -> tuple[CompletionBatch, Tensor]:
+    """The given prompts with all their completions as a batch of their own, and the rows those come from."""
+    size = batch.num_generations
+    index = torch.tensor(list(groups))
+    rows = (index[:, None] * size + torch.arange(size)).flatten()
+    part = CompletionBatch(
+        batch.prompt_ids[index], batch.prompt_mask[index], batch.completion_ids[rows], batch.completion_mask[rows], size
+    )
+    return part.select_prompts(0, len(index)), rows
+
+
+def positions(mask: Tensor) -> Tensor:
     """Position of each token [R, W] from its row's mask: the first token is 0 wherever the padding ends."""
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 

@@ -1,108 +1,258 @@
-"""Optimizer steps: reflective SFT on chosen answers, and SEGA on scored candidates.
+"""Optimizer steps: reflective SFT on chosen answers, SEGA on scored candidates, DPO on pairs.
 
-A step is a fixed set of sequences; micro-batches only bound memory. Each loss is divided by the count of the whole
-step, so the gradient is the same for 1 x 8 and 4 x 2.
+A step is a fixed set of sequences; micro-batches and processes only bound memory and time. Each loss is divided by the
+count of the whole step, which every process knows, so the gradient is the same for 1 x 8 and 4 x 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from gem import distributed
 from gem.data import CompletionBatch, TokenizedPair, collate
 from gem.filtering import ScoredRollout
-from gem.policy import completion_sega_loss, completion_stats
+from gem.policy import (
+    completion_logprobs,
+    completion_policy_loss,
+    completion_sega_loss,
+    completion_stats,
+    select_groups,
+)
 from gem.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class SegaUpdate:
-    """How a scored rollout becomes a gradient (gem_kernels.sega_loss has the formula)."""
+    """How a scored rollout becomes gradients.
+
+    With one iteration, no clipping and no KL term the loss of a token is -A logprob (gem_kernels.sega_loss); otherwise
+
+        -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3,    r = exp(logprob - logprob when it was sampled)
+        k3 = exp(d) - d - 1,    d = logprob of the starting policy - logprob
+
+    (PPO's clipped surrogate, arXiv 1707.06347, Eq. 7, two-sided as in DAPO, arXiv 2503.14476, Eq. 8; k3 as in GRPO,
+    arXiv 2402.03300, Eq. 4). Tokens are weighed and summed as `loss_type` says. Where r = 1 the two have one gradient.
+    """
 
     loss_type: str = "sum"
     max_completion_length: int = 256
     temperature: float = 1.0
     micro_batch_size: int = 4  # prompts
+    num_iterations: int = 1  # optimizer steps on the same candidates
+    epsilon: float | None = None  # none: r is not clipped
+    epsilon_high: float | None = None  # none: epsilon
+    beta: float = 0.0  # per token, nats
+    padding_free: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.num_iterations == 1 and self.epsilon is None and self.beta == 0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did. grad_norm is the norm before clipping, num_tokens what the gradient was made of."""
+    """What an optimizer step did, or the `num_iterations` of a SEGA step: loss and grad_norm are then their means.
+
+    grad_norm is the norm before clipping, learning_rate that of the first, num_tokens what the gradients were made of.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     num_tokens: int
     num_sequences: int
-    skipped: bool = False  # the loss or the gradient was not finite: no step was taken
+    skipped: bool = False  # the loss or a gradient was not finite: at least one step was not taken
+    metrics: dict[str, float] = field(default_factory=dict)  # more of the objective's own, under TRL's names
 
 
-def sft_step(trainer: Trainer, pairs: Sequence[TokenizedPair], *, pad_id: int, micro_batch_size: int) -> StepResult:
+# SFT.
+
+
+def sft_step(
+    trainer: Trainer,
+    pairs: Sequence[TokenizedPair],
+    *,
+    pad_id: int,
+    micro_batch_size: int,
+    padding_free: bool = False,
+) -> StepResult:
     """One step on -log p(chosen | prompt), the mean over all answer tokens of the step (end token included)."""
-    num_tokens = sum(len(pair.chosen_ids) for pair in pairs)
+    num_tokens = sum(len(pair.sft_ids) for pair in pairs)
     # Pairs of like length share a micro-batch; the gradient is a sum, so the order is free.
-    ordered = sorted(pairs, key=lambda pair: len(pair.prompt_ids) + len(pair.chosen_ids))
+    ordered = sorted(pairs, key=lambda pair: len(pair.prompt_ids) + len(pair.sft_ids))
     learning_rate = trainer.learning_rate
     trainer.model.train()
     for part, weight in trainer.micro_batches(ordered, micro_batch_size):
-        batch = collate([p.prompt_ids for p in part], [p.chosen_ids for p in part], pad_id)
-        trainer.backward(-weight * completion_stats(trainer.model, batch).logprobs.sum() / num_tokens)
+        batch = collate([p.prompt_ids for p in part], [p.sft_ids for p in part], pad_id)
+        stats = completion_stats(trainer.model, batch, padding_free=padding_free)
+        trainer.backward(-weight * stats.logprobs.sum() / num_tokens)
     trainer.model.eval()
     outcome = trainer.step()
     return StepResult(outcome.loss, outcome.grad_norm, learning_rate, num_tokens, len(pairs), outcome.skipped)
 
 
-def sega_step(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate) -> StepResult | None:
-    """One step on the SEGA loss of all candidates; None, and no step, where every advantage is zero.
+# SEGA.
 
-    Groups whose advantages are all zero add nothing to the gradient and are not run; they stay in the denominator.
+
+def sega_step(
+    trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, *, ref_logprobs: Tensor | None = None
+) -> StepResult | None:
+    """`num_iterations` steps on the candidates' loss; None, and no step, where nothing has a gradient.
+
+    Groups whose advantages are all zero add nothing but their KL term; where there is none they are not run, but stay
+    in the denominator.
+
+    Args:
+        scored: of the whole step, on every process; its log-probs are those of the policy that sampled.
+        ref_logprobs: [B, T], those of the starting policy; needed where beta > 0, else only for the metric "kl".
     """
-    batch = scored.rollout.batch
-    kept = groups_with_gradient(scored)
-    if not kept:
+    if update.beta > 0 and ref_logprobs is None:
+        raise ValueError("ref_logprobs: expected the starting policy's log-probs where beta > 0, got None")
+    groups = groups_with_gradient(scored) if update.beta == 0 else groups_with_valid(scored)
+    if not groups:
         return None
+    lengths = scored.rollout.batch.lengths.view(-1, scored.rollout.batch.num_generations)
+    groups.sort(key=lambda group: int(lengths[group].max()))  # of like length: less padding
+    first = trainer.learning_rate
+    if update.is_plain:
+        results = [_plain_iteration(trainer, scored, update, groups)]
+    else:
+        inputs = _token_inputs(scored, update, ref_logprobs)
+        results = [_clipped_iteration(trainer, scored, update, groups, inputs) for _ in range(update.num_iterations)]
+    num_tokens = int(lengths[groups].sum()) * len(results)
+    num_sequences = len(groups) * lengths.shape[1]
+    return replace(_mean(results), learning_rate=first, num_tokens=num_tokens, num_sequences=num_sequences)
+
+
+def _plain_iteration(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, groups: list[int]) -> StepResult:
+    batch, valid = scored.rollout.batch, scored.scores.valid
     denominator = sega_denominator(
-        scored.scores.valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
+        valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
     )
-    learning_rate = trainer.learning_rate
     trainer.model.train()
-    for groups, weight in trainer.micro_batches(kept, update.micro_batch_size):
-        part, rows = select_groups(batch, groups)
+    for members, weight in trainer.micro_batches(groups, update.micro_batch_size):
+        part, rows = select_groups(batch, members)
         output = completion_sega_loss(
             trainer.model,
             part,
             advantages=scored.advantages[rows],
-            valid=scored.scores.valid[rows],
+            valid=valid[rows],
             denominator=denominator,
             loss_type=update.loss_type,
             max_completion_length=update.max_completion_length,
             temperature=update.temperature,
+            padding_free=update.padding_free,
         )
         trainer.backward(weight * output.loss)
     trainer.model.eval()
     outcome = trainer.step()
-    num_tokens = int(select_groups(batch, kept)[0].lengths.sum())
-    num_sequences = len(kept) * batch.num_generations
-    return StepResult(outcome.loss, outcome.grad_norm, learning_rate, num_tokens, num_sequences, outcome.skipped)
+    return StepResult(outcome.loss, outcome.grad_norm, 0.0, 0, 0, outcome.skipped)
+
+
+def _clipped_iteration(
+    trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, groups: list[int], inputs: dict[str, Tensor]
+) -> StepResult:
+    low, high = clip_range(update.epsilon, update.epsilon_high)
+
+    def token_loss(logprobs: Tensor, entropy: Tensor, **inputs: Tensor) -> Tensor:
+        return clipped_loss(logprobs, **inputs, low=low, high=high, beta=update.beta)
+
+    sums = torch.zeros(4, dtype=torch.float64)
+    trainer.model.train()
+    for members, weight in trainer.micro_batches(groups, update.micro_batch_size):
+        part, rows = select_groups(scored.rollout.batch, members)
+        width = part.completion_ids.shape[1]
+        mine = {name: value[rows, :width] for name, value in inputs.items()}
+        output = completion_policy_loss(
+            trainer.model,
+            part,
+            token_loss,
+            mine,
+            temperature=update.temperature,
+            padding_free=update.padding_free,
+        )
+        trainer.backward(weight * output.loss)
+        if weight:
+            sums += drift_sums(output.logprobs.cpu(), mine, low, high)
+    trainer.model.eval()
+    outcome = trainer.step()
+    count, clipped_low, clipped_high, kl = distributed.sum_over_processes(sums.tolist())
+    metrics = {
+        "clip_ratio/low_mean": clipped_low / max(1.0, count),
+        "clip_ratio/high_mean": clipped_high / max(1.0, count),
+        "clip_ratio/region_mean": (clipped_low + clipped_high) / max(1.0, count),
+    }
+    if "ref" in inputs:
+        metrics["kl"] = kl / max(1.0, count)
+    return StepResult(outcome.loss, outcome.grad_norm, 0.0, 0, 0, outcome.skipped, metrics)
+
+
+def clip_range(epsilon: float | None, epsilon_high: float | None) -> tuple[float, float]:
+    """(1 - epsilon, 1 + epsilon_high), (0, inf) where nothing is clipped."""
+    if epsilon is None:
+        return 0.0, math.inf
+    return 1.0 - epsilon, 1.0 + (epsilon if epsilon_high is None else epsilon_high)
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    ref: Tensor | None = None,
+    *,
+    low: float,
+    high: float,
+    beta: float,
+) -> Tensor:
+    """sum over tokens of weights * (-min(r A, clip(r, low, high) A) + beta k3); a token of weight 0 counts nothing.
+
+    All [n]; differentiable in `logprobs`: d/dlogprob is weights * (-A r, or 0 where the clip holds, + beta (1 - e^d)).
+    """
+    logprobs = torch.where(weights == 0, old, logprobs)
+    ratio = (logprobs - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if beta and ref is not None:
+        loss = loss + beta * k3(logprobs, ref)
+    return (weights * loss).sum()
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(d) - d - 1, d = ref - logprob: per token, never negative, in the mean the KL from the reference, nats."""
+    d = ref_logprobs - logprobs
+    return torch.expm1(d) - d
+
+
+def drift_sums(logprobs: Tensor, inputs: dict[str, Tensor], low: float, high: float) -> Tensor:
+    """[tokens that count, those clipped below, those clipped above, the sum of their k3], float64."""
+    counts = inputs["weights"] != 0
+    ratio = (logprobs - inputs["old"]).exp()
+    below = counts & (ratio < low) & (inputs["advantages"] < 0)
+    above = counts & (ratio > high) & (inputs["advantages"] > 0)
+    kl = k3(logprobs.double(), inputs["ref"].double())[counts].sum() if "ref" in inputs else torch.zeros(())
+    return torch.stack([counts.sum(), below.sum(), above.sum(), kl]).double()
+
+
+def mean_kl(scored: ScoredRollout, ref_logprobs: Tensor) -> float:
+    """KL of the policy that sampled from the starting policy: the mean of k3 over all candidates' tokens, nats."""
+    mask = scored.rollout.batch.completion_mask
+    return float(k3(scored.logprobs.double(), ref_logprobs.double())[mask].mean())
 
 
 def groups_with_gradient(scored: ScoredRollout) -> list[int]:
     """The prompts of which some candidate has an advantage that is not zero."""
-    advantages = scored.advantages.view(-1, scored.rollout.batch.num_generations)
-    return (advantages != 0).any(1).nonzero().flatten().tolist()
+    return _groups_with(scored.advantages != 0, scored)
 
 
-def select_groups(batch: CompletionBatch, groups: Sequence[int]) -> tuple[CompletionBatch, torch.Tensor]:
-    """The given prompts with all their completions as a batch of their own, and the rows those come from."""
-    size = batch.num_generations
-    index = torch.tensor(groups)
-    rows = (index[:, None] * size + torch.arange(size)).flatten()
-    part = CompletionBatch(
-        batch.prompt_ids[index], batch.prompt_mask[index], batch.completion_ids[rows], batch.completion_mask[rows], size
-    )
-    return part.select_prompts(0, len(groups)), rows
+def groups_with_valid(scored: ScoredRollout) -> list[int]:
+    """The prompts of which some candidate counts."""
+    return _groups_with(scored.scores.valid, scored)
 
 
 def sega_denominator(
@@ -113,3 +263,110 @@ def sega_denominator(
         return float(lengths[valid].sum())
     sequences = float(valid.sum())
     return sequences * max_completion_length if loss_type == "constant" else sequences
+
+
+def _groups_with(rows: Tensor, scored: ScoredRollout) -> list[int]:
+    return rows.view(-1, scored.rollout.batch.num_generations).any(1).nonzero().flatten().tolist()
+
+
+def _token_inputs(scored: ScoredRollout, update: SegaUpdate, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
+    """What each token's loss needs, [B, T]: `weights` is c_i / Z, 0 under the padding and on invalid sequences."""
+    batch, valid = scored.rollout.batch, scored.scores.valid
+    denominator = sega_denominator(
+        valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
+    )
+    weights = batch.completion_mask * (valid / max(1.0, denominator))[:, None]
+    if update.loss_type == "mean":
+        weights = weights / batch.lengths.clamp_min(1)[:, None]
+    inputs = {
+        "old": scored.logprobs,
+        "advantages": scored.advantages.float()[:, None].expand(weights.shape),
+        "weights": weights.float(),
+    }
+    return inputs if ref_logprobs is None else {**inputs, "ref": ref_logprobs}
+
+
+def _mean(results: Sequence[StepResult]) -> StepResult:
+    """Of the steps that were taken; of all where none was."""
+    taken = [result for result in results if not result.skipped] or results
+    metrics = {name: sum(r.metrics[name] for r in taken) / len(taken) for name in taken[0].metrics}
+    return StepResult(
+        loss=sum(r.loss for r in taken) / len(taken),
+        grad_norm=sum(r.grad_norm for r in taken) / len(taken),
+        learning_rate=0.0,
+        num_tokens=0,
+        num_sequences=0,
+        skipped=any(result.skipped for result in results),
+        metrics=metrics,
+    )
+
+
+# DPO.
+
+
+def dpo_step(
+    trainer: Trainer,
+    pairs: Sequence[TokenizedPair],
+    ref_logprobs: Tensor,
+    *,
+    dpo_beta: float,
+    pad_id: int,
+    micro_batch_size: int,
+    padding_free: bool = False,
+) -> StepResult:
+    """One step on the mean over pairs of -log sigma(dpo_beta * ((lc - lc_ref) - (lr - lr_ref))).
+
+    l are log-probs of whole answers, nats; ref_logprobs [N, 2] (chosen, rejected) those of the starting policy, from
+    `pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
+    """
+    order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)))
+    learning_rate = trainer.learning_rate
+    sums = torch.zeros(4, dtype=torch.float64)  # rewards of chosen and rejected, pairs won, ties counting half
+    trainer.model.train()
+    for members, weight in trainer.micro_batches(order, micro_batch_size):
+        batch = collate_pairs([pairs[i] for i in members], pad_id)
+        stats = completion_stats(trainer.model, batch, padding_free=padding_free)
+        logprobs = stats.logprobs.sum(1).view(-1, 2)
+        rewards = dpo_beta * (logprobs - ref_logprobs[members].to(logprobs))
+        margins = rewards[:, 0] - rewards[:, 1]
+        trainer.backward(-weight * F.logsigmoid(margins).sum() / len(pairs))
+        won = (margins.detach().sign() + 1) / 2
+        sums += weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double().cpu()
+    trainer.model.eval()
+    outcome = trainer.step()
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    metrics = {name: value / len(pairs) for name, value in zip(names, distributed.sum_over_processes(sums.tolist()))}
+    num_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    return StepResult(
+        outcome.loss, outcome.grad_norm, learning_rate, num_tokens, 2 * len(pairs), outcome.skipped, metrics
+    )
+
+
+def pair_logprobs(
+    model: nn.Module, pairs: Sequence[TokenizedPair], *, pad_id: int, batch_size: int, padding_free: bool = False
+) -> Tensor:
+    """log p(answer | prompt) of chosen and rejected, [N, 2] fp32 on the CPU, nats, without gradient; everywhere."""
+    batch = collate_pairs(pairs, pad_id)
+    logprobs = completion_logprobs(model, batch, temperature=1.0, batch_size=batch_size, padding_free=padding_free)
+    return logprobs.sum(1).view(-1, 2)
+
+
+def collate_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> CompletionBatch:
+    """Pairs as prompts with two completions each: chosen, rejected."""
+    answers = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return collate([pair.prompt_ids for pair in pairs], answers, pad_id)
+
+
+def filtered_pairs(scored: ScoredRollout) -> list[TokenizedPair]:
+    """The best and the worst candidate of each group that has two, as chosen and rejected, by the sampler's own ids."""
+    batch = scored.rollout.batch
+
+    def completion(row: int) -> tuple[int, ...]:
+        return tuple(batch.completion_ids[row][batch.completion_mask[row]].tolist())
+
+    pairs = []
+    for best, worst in scored.pairs.tolist():
+        prompt = best // batch.num_generations
+        prompt_ids = tuple(batch.prompt_ids[prompt][batch.prompt_mask[prompt]].tolist())
+        pairs.append(TokenizedPair(prompt_ids, completion(best), completion(worst), None))
+    return pairs
