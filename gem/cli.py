@@ -1,4 +1,4 @@
-"""The command line: gem train | score | evaluate | data | demo. A user's mistake is one line and exit code 2."""
+"""The command line: gem train | score | evaluate | config | data | demo. A user's mistake ends with exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gem.arithmetic import arithmetic_pairs
-from gem.config import SYSTEM_PROMPT, load_config
+from gem.config import SYSTEM_PROMPT, commented_config, load_config
 from gem.errors import UserError
 
 # Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
@@ -27,9 +27,16 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make p
 app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a GGUF file or a hub id.")]
-File = Annotated[Path, typer.Argument(metavar="FILE.jsonl")]
+Source = Annotated[
+    str, typer.Argument(metavar="DATA", help="JSONL, JSON, CSV or Parquet file, saved dataset, or hub id.")
+]
+Split = Annotated[str, typer.Option(help="Of a dataset; a slice too: test[:100].")]
+Column = Annotated[str, typer.Option(metavar="NAME", help="Also --chosen-, --rejected-, --answer-column.")]
+Other = Annotated[str, typer.Option(metavar="NAME", hidden=True)]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
 System = Annotated[str, typer.Option("--system-prompt", help="Empty: none.", show_default=False)]
 Marker = Annotated[str, typer.Option(help="What stands before the final answer.")]
+Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
@@ -42,43 +49,58 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
 ) -> None:
     """Train: SFT warm start, then sample, score and step; evaluated before and after.
 
     Every setting is a key of the YAML file and a flag on top of it, as in --max_steps 20.
+    Several processes or GPUs: accelerate launch -m gem train CONFIG.
     All keys with their defaults: docs/training.md.
     """
     from gem.demo import report
+    from gem.distributed import is_main
     from gem.train import train
 
     console = Console()
-    report(train(load_config(config, context.args), console), console)
+    result = train(load_config(config, context.args), console, resume=resume)
+    if is_main():
+        report(result, console)
 
 
 @app.command("score")
 def score_command(
     model: Model,
-    file: File,
+    data: Source,
     out: Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Score this many sampled answers per prompt instead.")] = 0,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of a sampled answer.")] = 256,
+    sample: Annotated[int, typer.Option(min=0, help="Score so many sampled answers per prompt.")] = 0,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of one.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
     fork_weight: Annotated[float, typer.Option(min=0.0, help="S = -H_final + fork_weight * H_fork.")] = 1.0,
     top_m: Annotated[float, typer.Option(help="Share of the reasoning tokens in H_fork.")] = 0.1,
-    system_prompt: System = SYSTEM_PROMPT,
+    answer_span: Span = "marker",
     answer_marker: Marker = "Final Answer:",
+    system_prompt: System = SYSTEM_PROMPT,
+    split: Split = "train",
+    prompt_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Also --completion-, --chosen-, --rejected-, --answer-column.")
+    ] = "prompt",
+    completion_column: Other = "completion",
+    chosen_column: Other = "chosen",
+    rejected_column: Other = "rejected",
+    answer_column: Other = "answer",
+    skip_bad: SkipBad = False,
     batch_size: BatchSize = 8,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
     """Score answers by their token entropies; writes one JSON line for each answer.
 
-    Lines hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
+    Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
     from gem.filtering import Scoring
     from gem.progress import progress
     from gem.rollout import Sampling
-    from gem.scorefile import check_score_lengths, read_score_rows, score_given, score_sampled
+    from gem.scorefile import load_score_rows, score_given, score_sampled
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -86,13 +108,18 @@ def score_command(
         raise UserError(f"--out: {out} exists; name a new file or remove it first")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out: the directory {out.parent} does not exist")
+    columns = (prompt_column, chosen_column, rejected_column, answer_column)
+    options = _pair_options(columns, answer_span, answer_marker, skip_bad, max_completion_length if sample else 0)
     console = Console(stderr=True)
-    rows = read_score_rows(file, need_answers=sample == 0)
-    loaded, form, context, ends = _load(model, system_prompt, device, console)
-    check_score_lengths(file, rows, form, context, max_completion_length if sample else 0)
+    source, form, context = _open(model, system_prompt, console)
+    rows, report = load_score_rows(
+        data, form, context, options, completion_column=completion_column, sample=sample > 0, split=split
+    )
+    _show(report, console)
+    loaded, ends = _load(source, form, device)
     scoring = Scoring(fork_weight=fork_weight, top_m=top_m)
     with progress(console, "Scoring", len(rows)) as bar:
-        common = {"end_token_ids": ends, "marker": answer_marker, "batch_size": batch_size, "progress": bar}
+        common = {"end_token_ids": ends, "marker": options.finders, "batch_size": batch_size, "progress": bar}
         if sample:
             sampling = Sampling(sample, max_completion_length, temperature)
             results = score_sampled(loaded, form, rows, scoring, sampling, seed=seed, **common)
@@ -104,21 +131,28 @@ def score_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    file: File,
+    data: Source,
     reduction: Annotated[str, typer.Option(help="Implicit reward: sum or mean of the answer's log-probs.")] = "sum",
     generate: Annotated[int, typer.Option(min=0, help="Problems answered greedily, where answers are known.")] = 0,
     sample: Annotated[int, typer.Option(min=0, help="Prompts with sampled and scored candidates.")] = 0,
     num_generations: Annotated[int, typer.Option(min=1, help="Candidates of each.")] = 4,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
-    system_prompt: System = SYSTEM_PROMPT,
+    answer_span: Span = "marker",
     answer_marker: Marker = "Final Answer:",
+    system_prompt: System = SYSTEM_PROMPT,
+    split: Split = "test",
+    prompt_column: Column = "prompt",
+    chosen_column: Other = "chosen",
+    rejected_column: Other = "rejected",
+    answer_column: Other = "answer",
+    skip_bad: SkipBad = False,
     batch_size: BatchSize = 8,
     seed: int = 0,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Preference accuracy on pairs, with its 95 % interval; answer accuracy and scores on request."""
-    from gem.data import check_lengths, read_pairs
+    from gem.data import load_pairs
     from gem.evaluate import evaluate
     from gem.filtering import Scoring
     from gem.rollout import Sampling
@@ -126,30 +160,45 @@ def evaluate_command(
 
     if reduction not in ("sum", "mean"):
         raise UserError(f"--reduction: expected sum or mean, got {reduction!r}")
+    columns = (prompt_column, chosen_column, rejected_column, answer_column)
+    room = max_completion_length if generate or sample else 0
+    options = _pair_options(columns, answer_span, answer_marker, skip_bad, room)
     console = Console(stderr=True)
-    pairs = read_pairs(file)
-    loaded, form, context, ends = _load(model, system_prompt, device, console)
-    tokens = check_lengths(pairs, form, context, max_completion_length if generate or sample else 0)
+    source, form, context = _open(model, system_prompt, console)
+    pairs, report = load_pairs(data, form, context, options, split)
+    _show(report, console)
+    loaded, ends = _load(source, form, device)
     result = evaluate(
         loaded,
         form.tokenizer,
-        tokens,
+        pairs,
         sampling=Sampling(num_generations, max_completion_length),
         scoring=Scoring(),
         end_token_ids=ends,
-        marker=answer_marker,
+        marker=options.finders,
         batch_size=batch_size,
         reduction=reduction,
         num_generate=generate,
         num_sample=sample,
         seed=seed,
         console=console,
-        name=file.name,
+        name=Path(data).name,
     )
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
     else:
         Console().print(evaluation_table({"value": result}))
+
+
+@app.command("config")
+def config_command(
+    preset: Annotated[str, typer.Option(help="paper, or safe: with clipping, KL and guards.")] = "paper",
+) -> None:
+    """Print every setting with its default and meaning, as a YAML file for gem train.
+
+    gem config --preset safe > config.yaml
+    """
+    print(commented_config(preset), end="")
 
 
 @data_app.command("arithmetic")
@@ -196,18 +245,40 @@ def main() -> None:
         sys.exit(130)
 
 
-def _load(model: str, system_prompt: str, device: str, console: Console):
-    """(model, prompt format, context length, end tokens) for the commands that only read."""
+def _pair_options(columns: tuple[str, ...], answer_span: str, marker: str, skip_bad: bool, room: int):
+    """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
+    from gem.data import PairOptions
+    from gem.rows import RowPolicy
+    from gem.spans import answer_finders
+
+    names = [answer_span] if answer_span.startswith("regex:") else answer_span.split(",")
+    finders = answer_finders([name.strip() for name in names], marker)
+    policy = RowPolicy("skip", "keep", "skip") if skip_bad else RowPolicy("error", "keep", "error")
+    return PairOptions(*columns, policy=policy, max_completion_length=room, finders=finders, marker=marker)
+
+
+def _open(model: str, system_prompt: str, console: Console):
+    """(source, prompt format, context length) of a model, without its weights."""
     from gem import model as models
     from gem.data import prompt_format
 
     source = models.find_model(model)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
     form = prompt_format(models.load_tokenizer(source), system_prompt)
-    config = models.load_config(source)
-    loaded = models.load_model(source, config, "float32", device)
-    ends = models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
-    return loaded, form, models.context_length(config), ends
+    return source, form, models.context_length(models.load_config(source))
+
+
+def _load(source, form, device: str):
+    """(model in fp32, the tokens that end an answer)."""
+    from gem import model as models
+
+    loaded = models.load_model(source, models.load_config(source), "float32", device)
+    return loaded, models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
+
+
+def _show(report, console: Console) -> None:
+    if str(report):
+        console.print(str(report), highlight=False, soft_wrap=True)
 
 
 def _write_rows(rows, out: Path | None) -> None:

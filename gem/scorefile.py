@@ -1,4 +1,4 @@
-"""`gem score`: entropy scores of the answers in a JSONL file, or of answers sampled for its prompts, as JSONL rows."""
+"""`gem score`: entropy scores of answers given in a file or dataset, or sampled for its prompts, as JSON rows."""
 
 from __future__ import annotations
 
@@ -9,40 +9,57 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gem.data import PromptFormat, raise_problems, read_rows, text_problem
+from gem.data import PairOptions, Prompt, PromptFormat, answers_from_row
 from gem.errors import UserError
 from gem.filtering import ScoredRollout, Scoring, score_rollout
 from gem.progress import Progress
 from gem.rollout import Rollout, Sampling, given_completions, roll_out
-from gem.spans import answers_match
-
-GIVEN_KEYS = ("completion", "chosen", "rejected")
+from gem.rows import Row, RowProblem, RowReport, read_rows, report
+from gem.spans import AnswerFinder, answers_match
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One line of the input: its prompt, and its answers by key (`GIVEN_KEYS`)."""
+    """One row of the input: its prompt, and its answers by the name of their column."""
 
-    line: int
-    prompt: str
+    where: str
+    prompt: Prompt
     given: tuple[tuple[str, str], ...]
     answer: str | None
 
 
-def read_score_rows(path: str | Path, need_answers: bool) -> list[ScoreRow]:
-    """Every line as a prompt with its answers; raises one `UserError` that names each bad line."""
-    rows: list[ScoreRow] = []
-    problems: list[tuple[int, str]] = []
-    for line, row in read_rows(path):
-        parsed = row if isinstance(row, str) else _row_or_problem(row, line, need_answers)
+def load_score_rows(
+    source: str | Path,
+    form: PromptFormat,
+    context: int | None,
+    options: PairOptions,
+    *,
+    completion_column: str,
+    sample: bool,
+    split: str = "train",
+) -> tuple[list[ScoreRow], RowReport]:
+    """Every row as a prompt with its answers, and the report of rows left out.
+
+    With `sample` answers are not read, and `max_completion_length` tokens must fit. Raises one `UserError` for all rows
+    that the policy does not let pass.
+    """
+    rows = read_rows(source, split)
+    names = () if sample else (completion_column, options.chosen, options.rejected)
+    found: list[ScoreRow] = []
+    problems: list[RowProblem] = []
+    for row in rows:
+        parsed = row.values if isinstance(row.values, str) else _score_row(row, names, options)
+        kind = "bad"
+        if not isinstance(parsed, str) and (what := _overlong(parsed, form, context, options.max_completion_length)):
+            kind, parsed = "overlong", what
         if isinstance(parsed, str):
-            problems.append((line, parsed))
+            problems.append(RowProblem(row.where, kind, parsed))
         else:
-            rows.append(parsed)
-    raise_problems(path, problems)
-    if not rows:
-        raise UserError(f"{path}: no prompts in it; write one JSON object per line with at least a prompt")
-    return rows
+            found.append(parsed)
+    made = report(source, rows, problems, options.policy)
+    if not found:
+        raise UserError(f"{source}: no prompts in it; write one JSON object per line with at least a prompt")
+    return found, made
 
 
 def score_given(
@@ -52,7 +69,7 @@ def score_given(
     scoring: Scoring,
     *,
     end_token_ids: Sequence[int],
-    marker: str,
+    marker: Sequence[AnswerFinder],
     batch_size: int,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -82,12 +99,12 @@ def score_sampled(
     sampling: Sampling,
     *,
     end_token_ids: Sequence[int],
-    marker: str,
+    marker: Sequence[AnswerFinder],
     batch_size: int,
     seed: int,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """G sampled candidates for each row, with their group advantages."""
+    """G sampled candidates for each row, with their group advantages and Bradley-Terry log-strengths."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         rollout: Rollout = roll_out(
@@ -97,59 +114,50 @@ def score_sampled(
             sampling,
             end_token_ids=end_token_ids,
             marker=marker,
-            seed=seed + start,
+            seed=seed,
+            step=start,
             batch_size=batch_size,
+            stats_temperature=scoring.temperature,
         )
         scored = score_rollout(model, rollout, scoring, batch_size=batch_size)
         for i in range(len(part) * sampling.num_generations):
             result = _result(scored, i, part[i // sampling.num_generations], "sampled")
-            yield {**result, "advantage": float(scored.advantages[i])}
+            yield {**result, "advantage": float(scored.advantages[i]), "strength": float(scored.strengths[i])}
         if progress is not None:
             progress.advance(len(part))
 
 
-def check_score_lengths(
-    path: str | Path, rows: Sequence[ScoreRow], form: PromptFormat, context: int | None, room: int
-) -> None:
-    """Raises one `UserError` where a prompt with its answer (or `room` sampled tokens) exceeds the context."""
-    problems = []
-    for row in rows:
-        needed = max([room, *(len(form.answer_ids(text)) for _, text in row.given)])
-        num_tokens = len(form.prompt_ids(row.prompt)) + needed
-        if context is not None and num_tokens > context:
-            problems.append((row.line, (
-                f"prompt and answer need {num_tokens} tokens, more than the model's context of {context}: "
-                "shorten or delete this line"
-            )))  # fmt: skip
-    raise_problems(path, problems)
+def _score_row(row: Row, names: Sequence[str], options: PairOptions) -> ScoreRow | str:
+    present = [name for name in names if name in row.values]
+    if names and not present:
+        wanted = f'"{names[0]}", or "{names[1]}" and "{names[2]}"'
+        return f"no answer to score: add {wanted}, or sample answers with --sample"
+    parsed = answers_from_row(row, present, options)
+    if isinstance(parsed, str):
+        return parsed
+    prompt, given, answer = parsed
+    return ScoreRow(row.where, prompt, tuple(zip(present, given)), answer)
 
 
-def _row_or_problem(row: dict[str, Any], line: int, need_answers: bool) -> ScoreRow | str:
-    if "prompt" not in row:
-        return 'the key "prompt" is missing: each line needs it'
-    if problem := text_problem(row, "prompt"):
-        return problem
-    given = []
-    for key in GIVEN_KEYS if need_answers else ():
-        if key in row:
-            if problem := text_problem(row, key):
-                return problem
-            given.append((key, row[key]))
-    if need_answers and not given:
-        return 'no answer to score: add "completion", or "chosen" and "rejected", or sample answers with --sample'
-    answer = row.get("answer")
-    return ScoreRow(line, row["prompt"], tuple(given), None if answer is None else str(answer))
+def _overlong(row: ScoreRow, form: PromptFormat, context: int | None, room: int) -> str | None:
+    needed = max([room, *(len(form.answer_ids(text)) for _, text in row.given)])
+    num_tokens = len(form.prompt_ids(row.prompt)) + needed
+    if context is None or num_tokens <= context:
+        return None
+    return f"prompt and answer need {num_tokens} tokens, more than the model's context of {context}: shorten it"
 
 
 def _result(scored: ScoredRollout, i: int, row: ScoreRow, key: str) -> dict[str, Any]:
     rollout, scores = scored.rollout, scored.scores
     answer = rollout.spans.answers[i]
+    finder = int(rollout.spans.found_by[i])
     result = {
-        "line": row.line,
+        "row": row.where,
         "source": key,
         "prompt": row.prompt,
         "completion": rollout.texts[i],
         "score": float(scores.score[i]),
+        "score_standard_error": float(scored.standard_errors[i]),
         "h_final": float(scores.final_entropy[i]),
         "h_fork": float(scores.fork_entropy[i]),
         "valid": bool(scores.valid[i]),
@@ -157,5 +165,6 @@ def _result(scored: ScoredRollout, i: int, row: ScoreRow, key: str) -> dict[str,
         "num_tokens": int(rollout.batch.lengths[i]),
         "truncated": bool(rollout.truncated[i]),
         "final_answer": answer,
+        "found_by": None if finder < 0 else rollout.spans.finders[finder],
     }
     return result if row.answer is None else {**result, "correct": answers_match(answer, row.answer)}

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from gem.checkpoint import MetricsLog, check_run_directory, make_run_directory, save_model
 from gem.config import TrainConfig, save_config
-from gem.data import TokenizedPair, check_lengths, prompt_format, read_pairs, split_pairs
+from gem.data import TokenizedPair, load_run_pairs, prompt_format, run_system_prompt
 from gem.distributed import make_accelerator
 from gem.evaluate import AnswerAccuracy, Evaluation, PreferenceAccuracy, evaluate, summarize
-from gem.filtering import ScoredRollout, Scoring, score_rollout
+from gem.filtering import ScoredRollout, Scoring, ranking_metrics, score_rollout
 from gem.model import context_length, end_token_ids, find_model, load_config, load_model, load_tokenizer
 from gem.progress import progress
 from gem.rollout import Sampling, roll_out
@@ -78,19 +78,14 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 def prepare(config: TrainConfig, console: Console) -> Session:
     """Checks the data, the paths and the lengths, then loads the model, then makes the run's directory."""
     run_dir = check_run_directory(config.output_dir)
-    train_pairs = read_pairs(config.train_file)
-    if config.eval_file is not None:
-        eval_pairs = read_pairs(config.eval_file)
-    else:
-        train_pairs, eval_pairs = split_pairs(train_pairs, config.eval_fraction, config.seed)
     source = find_model(config.model)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
     tokenizer = load_tokenizer(source)
-    form = prompt_format(tokenizer, config.system_prompt)
+    form = prompt_format(tokenizer, run_system_prompt(config))
     model_config = load_config(source)
-    context = context_length(model_config)
-    train_tokens = check_lengths(train_pairs, form, context, config.max_completion_length)
-    eval_tokens = check_lengths(eval_pairs, form, context, config.max_completion_length)
+    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
+    for report in filter(str, reports):
+        console.print(str(report), highlight=False)
     model = load_model(source, model_config, config.dtype, config.device)
     make_run_directory(run_dir)
     save_config(config, run_dir / "config.yaml")
@@ -99,8 +94,8 @@ def prepare(config: TrainConfig, console: Console) -> Session:
         model=model,
         tokenizer=tokenizer,
         end_tokens=end_token_ids(model, tokenizer, form.end_of_turn),
-        train_pairs=train_tokens,
-        eval_pairs=eval_tokens,
+        train_pairs=train_pairs,
+        eval_pairs=eval_pairs,
         run_dir=run_dir,
         metrics=MetricsLog(run_dir / "metrics.jsonl"),
         console=console,
@@ -194,6 +189,7 @@ def sampling(config: TrainConfig) -> Sampling:
 
 def scoring(config: TrainConfig) -> Scoring:
     return Scoring(
+        final_weight=config.final_weight,
         fork_weight=config.fork_weight,
         top_m=config.top_m,
         no_answer=config.no_answer,
@@ -201,6 +197,13 @@ def scoring(config: TrainConfig) -> Scoring:
         scale=config.reward_scale,
         temperature=config.score_temperature,
         mask_truncated=config.mask_truncated,
+        ranking=config.ranking,
+        trim=config.trim,
+        trim_mad=config.trim_mad,
+        trim_share=config.trim_share,
+        overlong_buffer=config.overlong_buffer,
+        overlong_penalty=config.overlong_penalty,
+        max_completion_length=config.max_completion_length,
     )
 
 
@@ -246,6 +249,7 @@ def sega_metrics(scored: ScoredRollout, result: StepResult | None) -> dict[str, 
         "gem/h_final": means.h_final,
         "gem/h_fork": means.h_fork,
         "gem/answer_span_found": means.answer_span_found,
+        **ranking_metrics(scored),
     }
 
 

@@ -165,7 +165,8 @@ def test_data_score_and_evaluate_from_the_command_line(folder, tmp_path, monkeyp
     model = str(folder / "model")
     code, out, _ = call(["score", model, str(pairs)], monkeypatch, capsys)
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [(r["line"], r["source"]) for r in rows[:3]] == [(1, "chosen"), (1, "rejected"), (2, "chosen")]
+    assert code == 0
+    assert [r["row"][-2:] + r["source"] for r in rows[:3]] == [":1chosen", ":1rejected", ":2chosen"]
     assert len(rows) == 10 and all(r["correct"] == (r["source"] == "chosen") for r in rows)
     assert all(r["score"] == pytest.approx(r["h_fork"] - r["h_final"], abs=1e-4) for r in rows)
 

@@ -1,0 +1,246 @@
+"""Rows from a file or a dataset, each with the place it stands at, and one report of all that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gem.errors import UserError
+
+# A report lists so many rows in full; of more it says how many.
+_MAX_LISTED = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands: "pairs.jsonl:3" (lines count from 1) or "org/name[train] row 0" (rows from 0)."""
+
+    where: str
+    values: dict[str, Any] | str  # a string in place of the values says what is wrong
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    where: str
+    kind: Literal["bad", "duplicate", "overlong"]
+    what: str
+
+
+@dataclass(frozen=True)
+class RowPolicy:
+    """What is done about each kind of problem: "error" stops, "skip" leaves the row out (duplicates: "keep" too)."""
+
+    bad: str = "error"
+    duplicate: str = "skip"
+    overlong: str = "error"
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """All problems of one source, in the order of its rows."""
+
+    source: str
+    num_rows: int
+    problems: tuple[RowProblem, ...]
+    policy: RowPolicy
+
+    def raise_refused(self) -> None:
+        """One `UserError` that lists every row whose kind of problem the policy does not let pass."""
+        refused = [p for p in self.problems if getattr(self.policy, p.kind) == "error"]
+        if not refused:
+            return
+        if len(refused) == 1:
+            raise UserError(f"{refused[0].where}: {refused[0].what}")
+        skips = ", ".join(f"{kind}_rows: skip" for kind in dict.fromkeys(p.kind for p in refused))
+        lines = [f"{self.source}: {len(refused)} of {self.num_rows} rows cannot be used; correct them, or set {skips}"]
+        lines += [f"  {p.where}: {p.what}" for p in refused[:_MAX_LISTED]]
+        if len(refused) > _MAX_LISTED:
+            lines.append(f"  ... and {len(refused) - _MAX_LISTED} more")
+        raise UserError("\n".join(lines))
+
+    def counts(self) -> dict[str, int]:
+        """How many rows were left out, by kind; kinds of which there are none are not in it."""
+        kinds = [p.kind for p in self.problems if getattr(self.policy, p.kind) == "skip"]
+        return {kind: kinds.count(kind) for kind in ("bad", "duplicate", "overlong") if kind in kinds}
+
+    def __str__(self) -> str:
+        """One line on what was left out; empty where every row is used."""
+        counts = self.counts()
+        if not counts:
+            return ""
+        first = next(p for p in self.problems if getattr(self.policy, p.kind) == "skip")
+        parts = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+        return (
+            f"{self.source}: left out {sum(counts.values())} of {self.num_rows} rows ({parts}); "
+            f"the first: {first.where}: {first.what}"
+        )
+
+
+def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+    """Every row of a file (JSONL, JSON, CSV, TSV, Parquet), of a `save_to_disk` directory, or of a dataset on the hub.
+
+    A file has no split. A hub id may name a configuration ("openai/gsm8k:main"), `split` may be a slice
+    ("test[:100]"). Raises `UserError` where the source as a whole cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
+        return readers.get(path.suffix.lower(), _read_json_lines)(path)
+    if path.is_dir():
+        return _saved_dataset(path, split)
+    if (
+        path.is_absolute()
+        or path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+        or str(source).startswith((".", "~"))
+    ):
+        raise UserError(f"{source}: cannot read it: no such file or directory")
+    return _hub_dataset(str(source), split)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def _read_json_lines(path: Path) -> list[Row]:
+    lines = enumerate(_read_bytes(path).split(b"\n"), 1)
+    return [Row(f"{path}:{number}", _parse_line(line)) for number, line in lines if line.strip()]
+
+
+def _read_json(path: Path) -> list[Row]:
+    """A .json file: one array of objects, or lines of them."""
+    data = _read_bytes(path)
+    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        return _read_json_lines(path)
+    try:
+        rows = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+    return [Row(f"{path} row {i}", _object(row)) for i, row in enumerate(rows)]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """Rows under the header's names; an empty cell is None. A row is at the line where it ends."""
+    try:
+        text = _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: save the file as UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = []
+    try:
+        for values in reader:
+            if None in values:
+                values = f"{len(reader.fieldnames or ())} cells are expected, got more: quote those that hold commas"
+            else:
+                values = {key: value or None for key, value in values.items()}
+            rows.append(Row(f"{path}:{reader.line_num}", values))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot read it: {_one_line(error)}") from error
+    return [Row(f"{path} row {i}", row) for i, row in enumerate(rows)]
+
+
+def _saved_dataset(path: Path, split: str) -> list[Row]:
+    datasets = _datasets(path)
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        raise UserError(f"{path}: no saved dataset in this directory: name a file, or write one with save_to_disk")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a foreign file breaks with
+        raise UserError(f"{path}: cannot read it: {_one_line(error)}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{path}: no split {split!r}; it has {', '.join(found)}")
+        return [Row(f"{path}[{split}] row {i}", dict(row)) for i, row in enumerate(found[split])]
+    return [Row(f"{path} row {i}", dict(row)) for i, row in enumerate(found)]
+
+
+def _hub_dataset(source: str, split: str) -> list[Row]:
+    datasets = _datasets(source)
+    name, _, configuration = source.partition(":")
+    try:
+        found = datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # not found, no network, no such split or configuration, a broken file
+        raise UserError(
+            f"{source}: neither a file nor a directory, and as a dataset (split {split!r}) it cannot be loaded: "
+            f"{_one_line(error)}"
+        ) from error
+    return [Row(f"{source}[{split}] row {i}", dict(row)) for i, row in enumerate(found)]
+
+
+def _datasets(source: str | Path):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{source}: reading a dataset needs the datasets library: pip install datasets") from error
+    return datasets
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    try:
+        return _object(json.loads(line.decode("utf-8-sig")))
+    except UnicodeDecodeError:
+        return "not UTF-8: save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not valid JSON ({error.msg} at column {error.colno}): write one complete JSON object per line"
+    except RecursionError:
+        return "not valid JSON (nested too deeply): write one complete JSON object per line"
+
+
+def _object(row: Any) -> dict[str, Any] | str:
+    if isinstance(row, dict):
+        return row
+    return f"a JSON object is expected, got {type(row).__name__}: write one complete JSON object per line"
+
+
+def text_problem(name: str, value: Any) -> str | None:
+    """What keeps the value of column `name` from being a usable text, or None."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return f'"{name}" is empty: fill it in or delete this line'
+    if not isinstance(value, str):
+        return f'"{name}" must be text, got {type(value).__name__}: put it in quotes'
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        return f'"{name}" holds half a character (a lone \\ud8xx escape): correct it or delete this line'
+    return None
+
+
+def answer_problem(name: str, value: Any) -> str | None:
+    """What keeps a known final answer (text, a number or nothing) from being usable, or None."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        return f'"{name}" must be text or a number, got {type(value).__name__}: correct it or leave it out'
+    if isinstance(value, str) and not value.strip():
+        return f'"{name}" is empty: fill it in or leave it out'
+    return None
+
+
+def report(source: str | Path, rows: Sequence[Row], problems: Sequence[RowProblem], policy: RowPolicy) -> RowReport:
+    """The problems in the order of the rows, as a report that has let pass what the policy lets pass."""
+    place = {row.where: i for i, row in enumerate(rows)}
+    made = RowReport(str(source), len(rows), tuple(sorted(problems, key=lambda p: place[p.where])), policy)
+    made.raise_refused()
+    return made
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
