@@ -25,6 +25,21 @@ DECIDED = 0.95
 MAD_TO_SD = 1.4826
 
 
+def answer_and_reasoning(completion_mask: Tensor, answer_start: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of the answer span and those before it, [B, T] bool each; the last fifth where there is no answer."""
+    length = completion_mask.sum(1)
+    start = torch.where((answer_start >= 0) & (answer_start < length), answer_start, 4 * length // 5)
+    before = torch.arange(completion_mask.shape[1], device=completion_mask.device) < start[:, None]
+    return completion_mask & ~before, completion_mask & before
+
+
+def num_fork_tokens(num_reasoning: Tensor, top_m: float | int) -> Tensor:
+    """m of H_fork, [B]: of n reasoning tokens max(1, floor(top_m * n)), or a count, at most n; 0 where n is."""
+    share = Fraction(repr(top_m)) if isinstance(top_m, float) else None
+    num = num_reasoning * share.numerator // share.denominator if share else num_reasoning.clamp_max(top_m)
+    return torch.where(num_reasoning > 0, num.clamp_min(1), 0)
+
+
 def score_standard_errors(
     entropy: Tensor,
     completion_mask: Tensor,
@@ -48,16 +63,10 @@ def score_standard_errors(
         answer_start: [B], as for `gem_kernels.entropy_scores`: outside [0, length) the last fifth is the answer.
         top_m: a share (float, the decimal it is written as) or a count (int) of the reasoning tokens.
     """
-    values, mask = entropy.double(), completion_mask
-    length = mask.sum(1)
-    column = torch.arange(mask.shape[1], device=mask.device)
-    start = torch.where((answer_start >= 0) & (answer_start < length), answer_start, 4 * length // 5)
-    answer = mask & (column >= start[:, None])
-    reasoning = mask & (column < start[:, None])
-    num_reasoning = reasoning.sum(1)
-    share = Fraction(repr(top_m)) if isinstance(top_m, float) else None
-    num_top = num_reasoning * share.numerator // share.denominator if share else num_reasoning.clamp_max(top_m)
-    num_top = torch.where(num_reasoning > 0, num_top.clamp_min(1), 0)
+    values = entropy.double()
+    answer, reasoning = answer_and_reasoning(completion_mask, answer_start)
+    num_top = num_fork_tokens(reasoning.sum(1), top_m)
+    column = torch.arange(completion_mask.shape[1], device=entropy.device)
     ordered = values.masked_fill(~reasoning, -torch.inf).sort(1, descending=True).values
     top = column < num_top[:, None]
     final = _mean_variance(values, answer, group_size)
