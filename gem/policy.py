@@ -148,6 +148,7 @@ def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bo
     mask = torch.cat([prompt_mask, batch.completion_mask[:, :-1]], 1)
     position_ids = positions(mask)
     if padding_free:
+        mask = torch.cat([prompt_mask, batch.completion_mask[:, 1:]], 1)  # less the last token of each completion
         # No attention mask: positions that begin again at 0 tell the sequences apart.
         hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None])
         rows = (mask.flatten().cumsum(0) - 1).view(mask.shape)[:, -width:]  # under the padding: any row
