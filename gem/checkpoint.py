@@ -1,16 +1,36 @@
-"""A run's directory: made once, never written over; whatever is in it under its final name is whole."""
+"""A run's directory: made once, never written over; whatever is in it under its final name is whole.
+
+A checkpoint is a directory `checkpoint-N` (N optimizer steps taken in all) of two files: `model.safetensors`, the
+parameters that are trained (under LoRA the adapters alone), and `state.pt`, everything else that the rest of the run
+depends on. It is written beside its name, flushed to the disk and renamed, so a name that exists is a whole
+checkpoint, whenever the process or the machine died. `state.pt` holds tensors, numbers, strings, lists and dicts, and
+is read with `weights_only=True`: no foreign pickle runs.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import os
+import random
+import re
 import shutil
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from gem import distributed
 from gem.errors import UserError
 from gem.model import save_pretrained
+
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def check_run_directory(path: str | Path) -> Path:
@@ -19,7 +39,10 @@ def check_run_directory(path: str | Path) -> Path:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir: {path} is a file; give the name of a new directory")
     if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"output_dir: {path} is not empty; give the name of a new directory, or remove it first")
+        raise UserError(
+            f"output_dir: {path} is not empty; give the name of a new directory, remove it first, "
+            "or continue the run in it with --resume"
+        )
     return directory
 
 
@@ -31,28 +54,206 @@ def make_run_directory(path: Path) -> Path:
     return path
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Path:
-    """Writes the model beside `path` and renames it there when it is complete; a cut-off save leaves no `path`."""
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        save_pretrained(model, tokenizer, part)
-        part.rename(path)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot save the model to {path}: {error.strerror or error}") from error
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, weights: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """Writes the model beside `path` and renames it there when it is complete; a cut-off save leaves no `path`.
+
+    weights: of a sharded model, gathered (`distributed.whole_state_dict`).
+    """
+
+    def fill(part: Path) -> None:
+        if weights is None:
+            save_pretrained(model, tokenizer, part)
+        else:
+            save_pretrained(model, tokenizer, part, weights)
+
+    write_directory(path, fill, f"cannot save the model to {path}")
     return path
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each written through as it comes."""
+def save_checkpoint(
+    run_dir: Path, step: int, parameters: dict[str, torch.Tensor], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes checkpoint-`step` and then removes all but the newest `keep`; a failure leaves those before as they were.
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+    Written by the main process alone; `parameters` and `state` are gathered before (`trained_parameters`).
+    """
+    path = run_dir / f"checkpoint-{step}"
+    kept = checkpoints(run_dir)
+    last = f"; the last good checkpoint is {kept[-1].name}" if kept else ""
+    save_state(path, parameters, state, f"{last}; free some space and continue with --resume")
+    for old in checkpoints(run_dir)[:-keep]:
+        remove_directory(old)
+    return path
 
-    def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
 
-    def close(self) -> None:
-        self.file.close()
+def save_state(path: Path, parameters: dict[str, torch.Tensor], state: dict[str, Any], then: str = "") -> None:
+    """The two files of a checkpoint as directory `path`, whole or not at all; `then` ends the error's message."""
+
+    def fill(part: Path) -> None:
+        part.mkdir()
+        save_file(parameters, part / "model.safetensors", metadata={"format": "pt"})
+        torch.save(state, part / "state.pt")
+
+    write_directory(path, fill, f"cannot save {path}", then)
+
+
+def remove_others(run_dir: Path, pattern: str, keep: str | None) -> None:
+    """Removes the directories of the run that match `pattern`, but for `keep`."""
+    for path in run_dir.glob(pattern):
+        if path.name != keep:
+            remove_directory(path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(parameters, state) of a checkpoint, on the CPU."""
+    try:
+        parameters = load_file(path / "model.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in many ways
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"resume: cannot read {path}: {words}; remove it to continue from the one before") from error
+    return parameters, state
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [(int(m.group(1)), path) for path in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def write_directory(path: Path, fill: Callable[[Path], None], what: str, then: str = "") -> None:
+    """`fill` writes a new directory beside `path`, which takes that name once it is on the disk.
+
+    A directory that bears the name already is replaced. Any failure to write removes what was written and is a
+    UserError of `what`, the reason, and `then`.
+    """
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        fill(part)
+        for file in (*part.rglob("*"), part):
+            _flush(file)
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        _flush(path.parent)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not _is_write_failure(error):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{what}: {reason}{then}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Out of its name first, so that a removal cut short leaves no half of a checkpoint under it."""
+    gone = path.with_name(f".{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> whole tensor on the CPU of every parameter that is trained. Under FSDP2 a collective."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = distributed.whole_tensor(parameter).cpu().clone().contiguous()
+    return found
+
+
+def restore_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained.keys() != parameters.keys():
+        odd = sorted(trained.keys() ^ parameters.keys())
+        raise UserError(f"resume: the checkpoint holds other parameters than the model: {', '.join(odd[:3])}")
+    for name, parameter in trained.items():
+        distributed.copy_into(parameter, parameters[name])
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this process's generators: Python's, numpy's, torch's on the CPU and on every GPU."""
+    kind, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (kind, list(words), gauss),
+        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    kind, words, gauss = state["python"]
+    random.setstate((kind, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _flush(path: Path) -> None:
+    """Until a file and its name are on the disk, a rename may outlive the bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """OSError, or what safetensors and torch make of one: both say little by type and much in words."""
+    words = str(error).lower()
+    return isinstance(error, OSError) or any(
+        hint in words for hint in ("no space", "os error", "i/o error", "ioerror", "write failed", "iostream", "pwrite")
+    )
+
+
+def to_tree(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists, all the way down: what `torch.load(weights_only=True)` reads back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_tree(item) for item in value]
+    return value
+
+
+def from_tree(hint: Any, tree: Any) -> Any:
+    """What `to_tree` made of a value of type `hint`, as that type again."""
+    if tree is None:
+        return None
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{name: from_tree(hints[name], item) for name, item in tree.items()})
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is tuple:
+        return tuple(from_tree(parts[0], item) for item in tree)
+    if kind is dict:
+        return {key: from_tree(parts[1], item) for key, item in tree.items()}
+    return tree
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A directory of `model.safetensors` alone, whole or not at all."""
+
+    def fill(part: Path) -> None:
+        part.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "model.safetensors")
+
+    write_directory(path, fill, f"cannot save {path}")
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path / "model.safetensors")
+    except Exception as error:
+        raise UserError(f"resume: cannot read {path}: {' '.join(str(error).split())[:200]}") from error

@@ -155,8 +155,8 @@ def evaluate_command(
     from gem.data import load_pairs
     from gem.evaluate import evaluate
     from gem.filtering import Scoring
+    from gem.reports import evaluation_metrics, evaluation_table
     from gem.rollout import Sampling
-    from gem.train import evaluation_metrics, evaluation_table
 
     if reduction not in ("sum", "mean"):
         raise UserError(f"--reduction: expected sum or mean, got {reduction!r}")

@@ -13,7 +13,8 @@ from gem.checkpoint import check_run_directory
 from gem.config import TrainConfig, build_config
 from gem.data import write_jsonl
 from gem.errors import UserError
-from gem.train import TrainResult, evaluation_table, train
+from gem.reports import evaluation_table
+from gem.train import TrainResult, train
 
 # Chosen by measurement on 2 CPU cores in fp32, where the demo must end well within ten minutes.
 NUM_TRAIN = 48

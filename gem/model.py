@@ -218,14 +218,22 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *m
     return tuple(sorted(found))
 
 
-def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_pretrained(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes weights (safetensors), configuration and tokenizer; `AutoModelForCausalLM.from_pretrained` opens it.
 
     Under LoRA that is the adapter alone, with the name of its model (`AutoPeftModelForCausalLM` opens it too); but the
-    whole, merged weights where that model came from a GGUF file, which those two could not find again.
+    whole, merged weights where that model came from a GGUF file, which those two could not find again. `weights`: the
+    state dict of a model whose own parameters are shards.
     """
     with _QuietTransformers():
-        if is_adapted(model) and not _can_reopen(model.peft_config["default"].base_model_name_or_path):
+        if weights is not None:
+            model.save_pretrained(directory, state_dict=weights)
+        elif is_adapted(model) and not _can_reopen(model.peft_config["default"].base_model_name_or_path):
             model.get_base_model().save_pretrained(directory, state_dict=merged_state_dict(model))
         else:
             model.save_pretrained(directory)

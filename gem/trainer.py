@@ -63,7 +63,8 @@ class Trainer:
         self.model = model  # as distributed.prepare_model returned it
         self.accelerator = accelerator
         self.max_grad_norm = max_grad_norm
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [_master(p) for p in self.trained]  # what the optimizer moves
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
         self.base_rate = learning_rate
         self.schedule = (total_steps, warmup_steps, lr_schedule)
@@ -103,6 +104,11 @@ class Trainer:
         if self._sharded:
             loss = loss * distributed.world_size()  # FSDP2 takes the mean over the processes
         loss.backward()
+        for parameter, master in self._masters():
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
 
     def step(self) -> StepOutcome:
         """Sums the gradient over the processes, clips it, takes the step and clears it."""
@@ -114,7 +120,7 @@ class Trainer:
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
-            self.optimizer.step()
+            self._step_weights()
         self.optimizer.zero_grad(set_to_none=True)
         self._loss = None
         self.num_steps += 1
@@ -122,23 +128,40 @@ class Trainer:
         return StepOutcome(loss, norm, skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments (whole tensors on the CPU) and counts: tensors, numbers and strings. A collective under FSDP2."""
+        """Moments and master weights (whole, on the CPU) and counts: tensors and numbers. A collective under FSDP2."""
         moments = []
         for parameter in self.parameters:
             state = self.optimizer.state.get(parameter, {})
             moments.append({key: distributed.whole_tensor(value).cpu().clone() for key, value in state.items()})
-        return {"moments": moments, "num_steps": self.num_steps, "bad_steps": self.bad_steps}
+        masters = [distributed.whole_tensor(master).cpu().clone() for _, master in self._masters()]
+        return {"moments": moments, "masters": masters, "num_steps": self.num_steps, "bad_steps": self.bad_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, for a trainer made with the same arguments."""
         for parameter, saved in zip(self.parameters, state["moments"], strict=True):
+            self.optimizer.state.pop(parameter, None)
             if not saved:
                 continue
             moments = {key: torch.zeros_like(parameter) for key in saved if key != "step"}
             for key, tensor in moments.items():
                 distributed.copy_into(tensor, saved[key])
             self.optimizer.state[parameter] = {"step": saved["step"].clone(), **moments}
+        for (_, master), saved in zip(self._masters(), state["masters"], strict=True):
+            distributed.copy_into(master, saved)
         self.num_steps, self.bad_steps = state["num_steps"], state["bad_steps"]
+
+    def _masters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters of 16 bits, each with its master weight."""
+        return [(p, master) for p, master in zip(self.trained, self.parameters) if master is not p]
+
+    @torch.no_grad()
+    def _step_weights(self) -> None:
+        """AdamW, on the master weights where there are some. Weights that were set since the last step win over theirs."""
+        for parameter, master in self._masters():
+            master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
+        self.optimizer.step()
+        for parameter, master in self._masters():
+            parameter.copy_(master)
 
     def _clip(self) -> float:
         """Scales the gradient to a norm of at most `max_grad_norm`; the norm before it."""
@@ -167,6 +190,14 @@ class Trainer:
                 bucket = []
         if bucket:
             _sum_together(bucket)
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """The parameter, or, where it has 16 bits, a float32 copy: in bfloat16 a weight moves by 1/256 of itself or not at
+    all, and steps of a learning rate of 1e-6 would be lost."""
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    return parameter.detach().float().requires_grad_()
 
 
 def _sum_together(gradients: list[Tensor]) -> None:

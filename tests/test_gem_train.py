@@ -17,7 +17,8 @@ from gem.checkpoint import save_model
 from gem.config import build_config, load_config
 from gem.data import write_jsonl
 from gem.errors import UserError
-from gem.train import TrainResult, evaluation_table, train
+from gem.reports import evaluation_table
+from gem.train import TrainResult, train
 
 TINY_RUN = {
     "num_generations": 3, "max_completion_length": 10, "max_steps": 3, "prompts_per_step": 4, "micro_batch_size": 2,
