@@ -1,4 +1,5 @@
-"""What a model is worth on held-out pairs: preference accuracy, answer accuracy, and the scores of its candidates."""
+"""What a model is worth on held-out pairs: preference accuracy and its calibration, answer accuracy, and whether the
+entropy score of its own candidates knows right from wrong."""
 
 from __future__ import annotations
 
@@ -9,30 +10,42 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gem.data import TokenizedPair, collate
 from gem.filtering import ScoredRollout, Scoring, score_rollout
+from gem.measures import (
+    Calibration,
+    Estimate,
+    auroc_estimates,
+    calibration,
+    majority_answer,
+    mean_estimate,
+    share_estimate,
+)
 from gem.policy import completion_stats
 from gem.progress import Progress, progress
 from gem.rollout import Sampling, roll_out
-from gem.spans import answers_match
+from gem.spans import AnswerFinder, answers_match
 
 
 @dataclass(frozen=True)
 class PreferenceAccuracy:
-    """Mean over pairs of 1[r(chosen) > r(rejected)], ties one half, with its 95 % Wilson interval."""
+    """Mean over pairs of 1[r(chosen) > r(rejected)], ties one half, with its 95 % interval."""
 
     accuracy: float
     low: float
     high: float
     num_pairs: int
     margin: float  # mean of r(chosen) - r(rejected), nats
+    margin_low: float
+    margin_high: float
 
 
 @dataclass(frozen=True)
 class AnswerAccuracy:
-    """Exact match of the greedy answer, over problems whose answer is known, with its 95 % Wilson interval."""
+    """Exact match of the greedy answer, over problems whose answer is known, with its 95 % interval."""
 
     accuracy: float
     low: float
@@ -52,13 +65,31 @@ class CandidateScores:
     answer_span_found: float
     mean_length: float  # tokens
     clipped_ratio: float  # share with no end token
+    pairs_decided: float | None  # share of pairs of candidates that their standard errors tell apart
+
+
+@dataclass(frozen=True)
+class SampledAnswers:
+    """How the sampled candidates of problems with known answers fare, and what their scores know of it."""
+
+    accuracy: Estimate  # of single candidates
+    majority: Estimate  # of the answer that most of a problem's candidates give
+    best_score: Estimate  # of the candidate with the highest score
+    auroc: Estimate | None  # of the score against correctness; None: all right or all wrong
+    auroc_within: Estimate | None  # the same among the candidates of one problem
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """`preference` is the one of `preferences` that was asked for: "sum", "mean", or "relative" to a reference."""
+
     preference: PreferenceAccuracy
+    preferences: dict[str, PreferenceAccuracy]
+    calibration: Calibration  # of sigma(beta * (r(chosen) - r(rejected))), r as in `preference`
     answers: AnswerAccuracy | None  # None: no answer is known, or not asked for
     candidates: CandidateScores | None
+    sampled: SampledAnswers | None
+    logprobs: Tensor  # [N, 2] float64: of (chosen, rejected), whole; the reference of a later evaluation
     seconds: float
 
 
@@ -70,7 +101,7 @@ def evaluate(
     sampling: Sampling,
     scoring: Scoring,
     end_token_ids: Sequence[int],
-    marker: str,
+    marker: Sequence[AnswerFinder] | str,
     batch_size: int,
     reduction: str,
     num_generate: int,
@@ -78,16 +109,23 @@ def evaluate(
     seed: int,
     console: Console,
     name: str,
+    beta: float = 0.1,
+    reference: Tensor | None = None,
 ) -> Evaluation:
-    """All of it. `num_generate` problems are answered greedily, candidates of `num_sample` prompts scored."""
+    """All of it. `num_generate` problems are answered greedily, candidates of `num_sample` prompts scored.
+
+    reduction: "sum", "mean" or "relative"; the last needs `reference`, the `logprobs` of the starting policy on the
+    same pairs. beta: of the calibration.
+    """
     start = time.monotonic()
     problems = [pair for pair in pairs if pair.answer is not None][:num_generate]
     sampled = pairs[:num_sample]
+    answers = candidates = outcomes = None
     with progress(console, f"Evaluation {name}", len(pairs) + len(problems) + 2 * len(sampled)) as bar:
-        preference = preference_accuracy(
-            model, pairs, pad_id=tokenizer.pad_token_id, reduction=reduction, batch_size=batch_size, progress=bar
-        )
-        answers = candidates = None
+        logprobs = implicit_rewards(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=batch_size, progress=bar)
+        rewards = reward_differences(logprobs, pairs, reference)
+        prompts = [pair.prompt_ids for pair in pairs]
+        preferences = {kind: _preference(values, prompts, seed) for kind, values in rewards.items()}
         if problems:
             greedy = Sampling(num_generations=1, max_completion_length=sampling.max_completion_length, temperature=0.0)
             rollout = roll_out(
@@ -95,17 +133,66 @@ def evaluate(
                 marker=marker, seed=seed, batch_size=batch_size * sampling.num_generations, progress=bar,
             )  # fmt: skip
             right = [answers_match(given, pair.answer) for given, pair in zip(rollout.spans.answers, problems)]
-            low, high = wilson_interval(sum(right), len(right))
-            accuracy = sum(right) / len(right)
-            answers = AnswerAccuracy(accuracy, low, high, len(right), rollout.spans.hit_rate)
+            share = share_estimate(torch.tensor(right), [pair.prompt_ids for pair in problems], seed)
+            answers = AnswerAccuracy(share.value, share.low, share.high, share.count, rollout.spans.hit_rate)
         if sampled:
             rollout = roll_out(
                 model, tokenizer, [pair.prompt_ids for pair in sampled], sampling, end_token_ids=end_token_ids,
-                marker=marker, seed=seed, batch_size=batch_size, progress=bar,
+                marker=marker, seed=seed, batch_size=batch_size, stats_temperature=scoring.temperature, progress=bar,
             )  # fmt: skip
-            candidates = summarize(score_rollout(model, rollout, scoring, batch_size=batch_size, progress=bar))
-        bar.note(f"preference accuracy {preference.accuracy:.3f}")
-    return Evaluation(preference, answers, candidates, time.monotonic() - start)
+            scored = score_rollout(model, rollout, scoring, batch_size=batch_size, progress=bar)
+            candidates = summarize(scored)
+            outcomes = sampled_answers(scored, sampled, seed)
+        bar.note(f"preference accuracy {preferences[reduction].accuracy:.3f}")
+    return Evaluation(
+        preference=preferences[reduction],
+        preferences=preferences,
+        calibration=calibration(rewards[reduction], beta, prompts, seed=seed),
+        answers=answers,
+        candidates=candidates,
+        sampled=outcomes,
+        logprobs=logprobs,
+        seconds=time.monotonic() - start,
+    )
+
+
+def reward_differences(
+    logprobs: Tensor, pairs: Sequence[TokenizedPair], reference: Tensor | None = None
+) -> dict[str, Tensor]:
+    """r(chosen) - r(rejected) [N] float64 under each implicit reward, from the log-probs of whole answers [N, 2].
+
+        sum        r = log p(answer | prompt)
+        mean       r = log p(answer | prompt) / its tokens, the end-of-turn token one of them
+        relative   r = log p(answer | prompt) - that of the reference; only where there is one
+    """
+    lengths = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
+    rewards = {"sum": logprobs, "mean": logprobs / lengths}
+    if reference is not None:
+        rewards["relative"] = logprobs - reference.to(logprobs)
+    return {kind: values[:, 0] - values[:, 1] for kind, values in rewards.items()}
+
+
+def sampled_answers(scored: ScoredRollout, pairs: Sequence[TokenizedPair], seed: int = 0) -> SampledAnswers | None:
+    """Right and wrong candidates of the problems whose answer is known; None where none is."""
+    size = scored.rollout.batch.num_generations
+    known = [i for i, pair in enumerate(pairs) if pair.answer is not None]
+    if not known:
+        return None
+    answers = [scored.rollout.spans.answers[i * size : (i + 1) * size] for i in known]
+    truths = [pairs[i].answer for i in known]
+    correct = torch.tensor([[answers_match(a, truth) for a in group] for group, truth in zip(answers, truths)])
+    majority = [answers_match(majority_answer(group), truth) for group, truth in zip(answers, truths)]
+    scores, valid = (x.view(-1, size)[known] for x in (scored.scores.score, scored.scores.valid))
+    best = scores.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
+    prompts = [pairs[i].prompt_ids for i in known]
+    overall, within = auroc_estimates(scores, correct, valid, seed)
+    return SampledAnswers(
+        accuracy=mean_estimate(correct.flatten(), [prompt for prompt in prompts for _ in range(size)], seed),
+        majority=share_estimate(torch.tensor(majority), prompts, seed),
+        best_score=share_estimate((correct & valid).gather(1, best).flatten(), prompts, seed),
+        auroc=overall,
+        auroc_within=within,
+    )
 
 
 def preference_accuracy(
@@ -115,15 +202,20 @@ def preference_accuracy(
     pad_id: int,
     reduction: str = "sum",
     batch_size: int = 8,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> PreferenceAccuracy:
-    """How often the implicit reward prefers the chosen answer; `reduction` as in `implicit_rewards`."""
-    chosen, rejected = implicit_rewards(
-        model, pairs, pad_id=pad_id, reduction=reduction, batch_size=batch_size, progress=progress
-    ).unbind(1)
-    wins = float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
-    low, high = wilson_interval(wins, len(pairs))
-    return PreferenceAccuracy(wins / len(pairs), low, high, len(pairs), float((chosen - rejected).mean()))
+    """How often the implicit reward prefers the chosen answer; `reduction` as in `reward_differences`."""
+    logprobs = implicit_rewards(model, pairs, pad_id=pad_id, batch_size=batch_size, progress=progress)
+    return _preference(reward_differences(logprobs, pairs)[reduction], [pair.prompt_ids for pair in pairs], seed)
+
+
+def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: int) -> PreferenceAccuracy:
+    share = share_estimate((differences.sign() + 1) / 2, prompts, seed)
+    margin = mean_estimate(differences, prompts, seed)
+    return PreferenceAccuracy(
+        share.value, share.low, share.high, share.count, margin.value, margin.low, margin.high
+    )
 
 
 @torch.no_grad()
@@ -132,14 +224,12 @@ def implicit_rewards(
     pairs: Sequence[TokenizedPair],
     *,
     pad_id: int,
-    reduction: str = "sum",
     batch_size: int = 8,
     progress: Progress | None = None,
-) -> torch.Tensor:
-    """r = log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64.
+) -> Tensor:
+    """log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64, nats.
 
-    Both answers stand under the same prompt in the same batch. `reduction` "sum" is the log-prob of the whole answer,
-    "mean" divides it by its tokens.
+    Both answers stand under the same prompt in the same batch.
     """
     model.eval()
     # Pairs of like length together, so that little is padding; the rewards return in the order of `pairs`.
@@ -149,10 +239,7 @@ def implicit_rewards(
         part = order[start : start + batch_size]
         answers = [ids for i in part for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
         batch = collate([pairs[i].prompt_ids for i in part], answers, pad_id)
-        total = completion_stats(model, batch).logprobs.double().sum(1).cpu()
-        if reduction == "mean":
-            total = total / batch.lengths
-        rewards[part] = total.view(-1, 2)
+        rewards[part] = completion_stats(model, batch).logprobs.double().sum(1).cpu().view(-1, 2)
         if progress is not None:
             progress.advance(len(part))
     return rewards
@@ -174,13 +261,5 @@ def summarize(scored: ScoredRollout) -> CandidateScores:
         answer_span_found=scored.rollout.spans.hit_rate,
         mean_length=float(batch.lengths.double().mean()),
         clipped_ratio=float(scored.rollout.truncated.double().mean()),
+        pairs_decided=None if math.isnan(scored.pairs_decided) else scored.pairs_decided,
     )
-
-
-def wilson_interval(wins: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)   [Wilson 1927]."""
-    share = wins / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from gem import evaluate as evaluation
 from gem.data import TokenizedPair
-from gem.evaluate import evaluate, implicit_rewards, preference_accuracy, wilson_interval
-from gem.filtering import Scoring
-from gem.rollout import Sampling
+from gem.evaluate import evaluate, implicit_rewards, preference_accuracy, reward_differences, sampled_answers
+from gem.filtering import Scoring, rank_candidates
+from gem.measures import wilson_interval
+from gem.rollout import Sampling, given_completions
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -35,18 +36,24 @@ def alone(prompt_ids, answer_ids):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_rewards_are_log_probs_of_whole_answers_in_the_order_of_the_pairs(batch_size, reduction):
-    rewards = implicit_rewards(MODEL, PAIRS, pad_id=0, reduction=reduction, batch_size=batch_size)
+def test_rewards_are_log_probs_of_whole_answers_in_the_order_of_the_pairs(batch_size):
+    rewards = implicit_rewards(MODEL, PAIRS, pad_id=0, batch_size=batch_size)
     for row, one in zip(rewards.tolist(), PAIRS):
         for value, ids in zip(row, (one.chosen_ids, one.rejected_ids)):
-            truth = alone(one.prompt_ids, ids) / (len(ids) if reduction == "mean" else 1)
-            assert value == pytest.approx(truth, rel=1e-4)
+            assert value == pytest.approx(alone(one.prompt_ids, ids), rel=1e-4)
+
+
+def test_differences_by_hand():
+    pairs = [pair("q", "ab", "abcd")]  # 3 and 5 tokens, the end one of them
+    logprobs, reference = torch.tensor([[-6.0, -5.0]]), torch.tensor([[-7.0, -9.0]])
+    found = reward_differences(logprobs, pairs, reference)
+    assert {kind: value.item() for kind, value in found.items()} == {"sum": -1.0, "mean": -1.0, "relative": -3.0}
+    assert set(reward_differences(logprobs, pairs)) == {"sum", "mean"}
 
 
 def test_accuracy_counts_wins_and_half_of_ties():
-    tie = pair("q", "same", "same")
-    accuracy = preference_accuracy(MODEL, [*PAIRS, tie, tie], pad_id=0)
+    ties = [pair(prompt, "same", "same") for prompt in ("q", "w")]
+    accuracy = preference_accuracy(MODEL, [*PAIRS, *ties], pad_id=0)
     wins = sum(alone(p.prompt_ids, p.chosen_ids) > alone(p.prompt_ids, p.rejected_ids) for p in PAIRS)
     assert accuracy.accuracy == pytest.approx((wins + 1) / 9)
     assert accuracy.num_pairs == 9
@@ -60,10 +67,13 @@ def test_exchanging_the_answers_mirrors_the_accuracy():
     assert one.margin == pytest.approx(-other.margin, abs=1e-4)
 
 
-def test_wilson_interval_by_hand():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+def test_pairs_of_one_prompt_are_not_independent():
+    """Each pair four times: the same accuracy, and an interval that is no narrower than that of the prompts."""
+    one = preference_accuracy(MODEL, PAIRS, pad_id=0)
+    copies = preference_accuracy(MODEL, PAIRS * 4, pad_id=0)
+    assert copies.accuracy == one.accuracy and copies.num_pairs == 28
+    assert copies.high - copies.low > 0.8 * (one.high - one.low)
+    assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), abs=1e-4)
 
 
 def run(pairs, **more):
@@ -83,9 +93,51 @@ def test_unknown_answers_and_no_samples_give_no_numbers():
 
 def test_candidates_of_each_prompt_are_scored_the_same_way_twice():
     one, two = run(PAIRS), run(PAIRS)
-    assert one.candidates == two.candidates
+    assert one.candidates == two.candidates and one.sampled is None  # no known answers
     assert one.candidates.num_candidates == 6 and one.candidates.mean_length <= 8
     assert one.candidates.score == pytest.approx(one.candidates.h_fork - one.candidates.h_final, abs=1e-5)
+
+
+def test_the_reference_makes_rewards_relative():
+    start = run(PAIRS, num_sample=0)
+    assert set(start.preferences) == {"sum", "mean"} and start.preference == start.preferences["sum"]
+    same = run(PAIRS, num_sample=0, reduction="relative", reference=start.logprobs)
+    assert same.preference.accuracy == 0.5 and same.preference.margin == 0  # all ties
+    assert same.calibration.brier.value == 0.25 and same.preferences["sum"] == start.preference
+    tilted = start.logprobs - torch.tensor([1.0, 0.0])
+    assert run(PAIRS, num_sample=0, reduction="relative", reference=tilted).preference.accuracy == 1.0
+    assert run(PAIRS, num_sample=0, reduction="mean").preference == start.preferences["mean"]
+
+
+def rollout_of(*texts, size):
+    rows = [[*TOKENIZER.encode(text), END] for text in texts]
+    prompts = [[5, 6]] * (len(rows) // size)
+    return given_completions(TOKENIZER, prompts, rows, end_token_ids=[END], marker="Final Answer:")
+
+
+def test_right_and_wrong_candidates():
+    """Two known problems and one unknown: majority, the best by score, and AUROC by hand."""
+    says = [f"x Final Answer: {n}" for n in (4, 4, 5, 9, 8, 7, 1, 1, 1)]
+    rollout = rollout_of(*says, size=3)
+    entropy = torch.zeros(rollout.batch.completion_ids.shape)
+    entropy[:, 0] = torch.tensor([3.0, 1, 2, 1, 2, 3, 9, 9, 9])  # H_fork, and so the score
+    scored = rank_candidates(rollout, entropy, entropy, Scoring(top_m=1))
+    pairs = [pair("a", "x", "y", "4"), pair("b", "x", "y", "7"), pair("c", "x", "y")]
+    result = sampled_answers(scored, pairs)
+    assert result.accuracy.value == pytest.approx(3 / 6) and result.accuracy.count == 6
+    assert result.majority.value == 0.5  # 4 of {4, 4, 5}; of {9, 8, 7} the first
+    assert result.best_score.value == 1.0
+    # Right 3, 1, 3 against wrong 2, 1, 2: 3 + 0.5 + 3 of 9; within: (1 + 0) of 2 and 2 of 2.
+    assert result.auroc.value == pytest.approx(6.5 / 9) and result.auroc_within.value == pytest.approx(3 / 4)
+    assert sampled_answers(scored, [pair("a", "x", "y")] * 3) is None
+
+
+def test_all_wrong_candidates_have_no_auroc():
+    rollout = rollout_of("a", "b", "c Final Answer: 1", "d", size=2)
+    scored = rank_candidates(rollout, torch.rand(4, rollout.batch.completion_ids.shape[1]), torch.rand(
+        4, rollout.batch.completion_ids.shape[1]), Scoring())  # fmt: skip
+    result = sampled_answers(scored, [pair("a", "x", "y", "4"), pair("b", "x", "y", "4")])
+    assert result.auroc is None and result.auroc_within is None and result.accuracy.value == 0
 
 
 def test_answers_are_matched_where_they_are_known(monkeypatch):
@@ -96,8 +148,6 @@ def test_answers_are_matched_where_they_are_known(monkeypatch):
     def says_four(model, tokenizer, prompts, sampling, **more):
         rollouts.append(sampling)
         more = {key: more[key] for key in ("end_token_ids", "marker")}
-        from gem.rollout import given_completions
-
         return given_completions(tokenizer, prompts, [said] * len(prompts), **more)
 
     monkeypatch.setattr(evaluation, "roll_out", says_four)
