@@ -156,7 +156,7 @@ class Trainer:
 
     @torch.no_grad()
     def _step_weights(self) -> None:
-        """AdamW, on the master weights where there are some. Weights that were set since the last step win over theirs."""
+        """AdamW, on the master weights where there are some. Weights set since the last step win over their masters."""
         for parameter, master in self._masters():
             master.copy_(torch.where(master.to(parameter.dtype) == parameter, master, parameter.float()))
         self.optimizer.step()

@@ -348,3 +348,71 @@ def test_completion_logprobs_are_the_statistics_unpadded():
         found = completion_logprobs(model, rollout.batch, temperature=1.0, batch_size=size)
         torch.testing.assert_close(found, whole.detach(), rtol=1e-4, atol=1e-4)
         assert bool((found[~rollout.batch.completion_mask] == 0).all())
+
+
+# Weights of 16 bits.
+
+
+def test_small_steps_are_not_lost_in_bfloat16():
+    """A hundred steps of 1e-6 on weights of about 0.3: none alone moves a bfloat16; together they are in the master."""
+    model = tiny_model().bfloat16()
+    trainer = Trainer(model, CPU, learning_rate=1e-6, total_steps=200)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(100):
+        trainer.backward(sum(p.float().sum() for p in model.parameters()))
+        assert trainer.step().grad_norm > 0
+    assert all(master.dtype == torch.float32 for master in trainer.parameters)
+    for p, old, master in zip(model.parameters(), before, trainer.parameters):
+        torch.testing.assert_close(old.float() - master, torch.full_like(master, 1e-4), rtol=1e-2, atol=1e-5)
+        assert torch.equal(p, master.bfloat16()) and p.grad is None
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+    saved = trainer.state_dict()
+    again = tiny_model().bfloat16()
+    again.load_state_dict(model.state_dict())
+    later = Trainer(again, CPU, learning_rate=1e-6, total_steps=200)
+    later.load_state_dict(saved)
+    for one in (trainer, later):
+        for p in one.trained:
+            one.backward((p.float() ** 2).sum())
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, later.parameters))
+
+
+def test_gradients_of_micro_batches_are_added_in_float32():
+    model = tiny_model().bfloat16()
+    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=1)
+    weight = next(model.parameters())
+    for _ in range(257):  # in bfloat16 256 + 1 is 256
+        trainer.backward(weight.float().sum())
+    assert float(trainer.parameters[0].grad.max()) == 257
+
+
+def test_weights_that_are_set_from_outside_win_over_their_masters():
+    model = tiny_model().bfloat16()
+    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    values = [p.detach().clone() for p in model.parameters()]
+    trainer.backward(sum(p.float().sum() for p in model.parameters()))
+    trainer.step()
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values))
+
+
+def test_float32_weights_are_their_own_masters():
+    model = tiny_model()
+    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=1)
+    assert all(a is b for a, b in zip(trainer.parameters, model.parameters()))
+
+
+def test_a_sega_step_in_bfloat16_follows_float32():
+    scored = scored_rollout()
+    updates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        trainer = Trainer(model, CPU, learning_rate=1e-3, total_steps=9)
+        start = torch.cat([p.detach().float().flatten() for p in trainer.parameters])
+        sega_step(trainer, scored, SegaUpdate(epsilon=0.2))
+        updates.append(torch.cat([p.detach().flatten() for p in trainer.parameters]) - start)
+    assert float(torch.cosine_similarity(*updates, dim=0)) > 0.7
