@@ -37,7 +37,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that c
 System = Annotated[str, typer.Option("--system-prompt", help="Empty: none.", show_default=False)]
 Marker = Annotated[str, typer.Option(help="What stands before the final answer.")]
 Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per batch.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
@@ -72,8 +72,8 @@ def score_command(
     model: Model,
     data: Source,
     out: Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Score so many sampled answers per prompt.")] = 0,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens of one.")] = 256,
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Score so many sampled answers per prompt.")] = 0,
+    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
     fork_weight: Annotated[float, typer.Option(min=0.0, help="S = -H_final + fork_weight * H_fork.")] = 1.0,
     top_m: Annotated[float, typer.Option(help="Share of the reasoning tokens in H_fork.")] = 0.1,
@@ -132,11 +132,13 @@ def score_command(
 def evaluate_command(
     model: Model,
     data: Source,
-    reduction: Annotated[str, typer.Option(help="Implicit reward: sum or mean of the answer's log-probs.")] = "sum",
-    generate: Annotated[int, typer.Option(min=0, help="Problems answered greedily, where answers are known.")] = 0,
-    sample: Annotated[int, typer.Option(min=0, help="Prompts with sampled and scored candidates.")] = 0,
-    num_generations: Annotated[int, typer.Option(min=1, help="Candidates of each.")] = 4,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
+    reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
+    beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = 0.1,
+    generate: Annotated[int, typer.Option(metavar="N", min=0, help="Problems answered greedily.")] = 0,
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts with scored candidates.")] = 0,
+    num_generations: Annotated[int, typer.Option(metavar="N", min=1, help="Candidates of each.")] = 4,
+    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens.")] = 256,
     answer_span: Span = "marker",
     answer_marker: Marker = "Final Answer:",
     system_prompt: System = SYSTEM_PROMPT,
@@ -151,15 +153,20 @@ def evaluate_command(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
-    """Preference accuracy on pairs, with its 95 % interval; answer accuracy and scores on request."""
+    """Preference accuracy on pairs and its calibration; answer accuracy and scores on request.
+
+    The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
+    """
     from gem.data import load_pairs
     from gem.evaluate import evaluate
     from gem.filtering import Scoring
     from gem.reports import evaluation_metrics, evaluation_table
     from gem.rollout import Sampling
 
-    if reduction not in ("sum", "mean"):
-        raise UserError(f"--reduction: expected sum or mean, got {reduction!r}")
+    if reduction not in ("sum", "mean", "relative"):
+        raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
+    if reduction == "relative" and reference is None:
+        raise UserError("--reduction relative: name the model to compare with by --reference")
     columns = (prompt_column, chosen_column, rejected_column, answer_column)
     room = max_completion_length if generate or sample else 0
     options = _pair_options(columns, answer_span, answer_marker, skip_bad, room)
@@ -167,6 +174,7 @@ def evaluate_command(
     source, form, context = _open(model, system_prompt, console)
     pairs, report = load_pairs(data, form, context, options, split)
     _show(report, console)
+    start = None if reference is None else _reference_logprobs(reference, form, pairs, batch_size, device, console)
     loaded, ends = _load(source, form, device)
     result = evaluate(
         loaded,
@@ -183,6 +191,8 @@ def evaluate_command(
         seed=seed,
         console=console,
         name=Path(data).name,
+        beta=beta,
+        reference=start,
     )
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
@@ -274,6 +284,19 @@ def _load(source, form, device: str):
 
     loaded = models.load_model(source, models.load_config(source), "float32", device)
     return loaded, models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
+
+
+def _reference_logprobs(reference: str, form, pairs, batch_size: int, device: str, console: Console):
+    """Log-probs of the pairs' answers under another model, which must have the same tokens."""
+    from gem import model as models
+    from gem.evaluate import implicit_rewards
+
+    source = models.find_model(reference)
+    if models.load_tokenizer(source).get_vocab() != form.tokenizer.get_vocab():
+        raise UserError(f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from")
+    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
+    loaded, _ = _load(source, form, device)
+    return implicit_rewards(loaded, pairs, pad_id=form.tokenizer.pad_token_id, batch_size=batch_size)
 
 
 def _show(report, console: Console) -> None:

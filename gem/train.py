@@ -96,7 +96,7 @@ def run_stage(stage: Stage, session: Session, state: Progress) -> None:
 
 def run_evaluation(session: Session, state: Progress, name: str) -> Evaluation:
     """Evaluates the model as it is, on the same prompts and seed every time, and writes what came to the metrics."""
-    config = session.config
+    config, start = session.config, state.evaluations.get("start")
     result = evaluate(
         session.model,
         session.tokenizer,
@@ -104,7 +104,7 @@ def run_evaluation(session: Session, state: Progress, name: str) -> Evaluation:
         sampling=sampling(config),
         scoring=scoring(config),
         end_token_ids=session.end_tokens,
-        marker=config.answer_marker,
+        marker=session.finders,
         batch_size=config.eval_batch_size,
         reduction=config.preference_reduction,
         num_generate=config.eval_generate,
@@ -112,6 +112,8 @@ def run_evaluation(session: Session, state: Progress, name: str) -> Evaluation:
         seed=config.seed,
         console=session.console,
         name=name,
+        beta=config.dpo_beta,
+        reference=None if start is None else start.logprobs,
     )
     session.tracker.write({"stage": "eval", "after": name, **evaluation_metrics(result)}, state.total_steps)
     return result
