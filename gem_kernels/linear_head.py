@@ -361,12 +361,15 @@ class OneShot:
     """Statistics and gradients from one making of the logits: 3 G in all.
 
     Call `statistics(begin, end)`, decide dL/dlogprob and dL/dentropy of these rows, call `gradients` with
-    them; chunk after chunk. `finish` gives the gradients. A chunk is at most head.rows_per_chunk rows.
+    them; chunk after chunk. `finish` gives the gradients. A chunk is at most head.rows_per_chunk rows. Where that
+    takes the statistics of more rows, `again(begin, end)` makes the logits of an earlier chunk once more.
     """
 
     def __init__(self, rows: TokenRows, head: Head, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
         self.products = Products(head, len(rows), needs)
+        self.norms = torch.empty(2, len(rows), device=rows.hidden.device)
+        """row_max and log_sum"""
         self.grad_hidden = torch.zeros_like(rows.hidden) if needs[0] else None
 
     def statistics(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -378,8 +381,15 @@ class OneShot:
         stats = rows_forward(self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
         if head.shards is not None:
             stats = head.shards.merge(stats, targets, tau, taus)
-        logprobs, entropy, self.row_max, self.log_sum = stats
-        return logprobs, entropy
+        for row, values in zip(self.norms, stats[2:]):
+            row[begin:end] = values
+        return stats[:2]
+
+    def again(self, begin: int, end: int) -> None:
+        """Back to rows whose statistics were taken before."""
+        if self.at != (begin, end):
+            self.at = (begin, end)
+            self.logits = self.products.logits(self.rows.chunk(begin, end)[0])
 
     def gradients(self, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
         if not any(self.needs):
@@ -387,7 +397,8 @@ class OneShot:
         head, (begin, end) = self.head, self.at
         chunk = _, targets, tau, taus = self.rows.chunk(begin, end)
         gradient = self.products.gradient(end - begin)
-        stats = [x.float().contiguous() for x in (self.row_max, self.log_sum, entropy, grad_logprobs, grad_entropy)]
+        norms = self.norms[:, begin:end]
+        stats = [x.float().contiguous() for x in (*norms, entropy, grad_logprobs, grad_entropy)]
         rows_backward(
             gradient[None], self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, stats, head.backend
         )

@@ -249,8 +249,8 @@ def fused_linear_sega_loss(
 
     SEGA's advantages are constants made from the entropies of the very logits they weigh. So where the logits of each
     prompt's candidates fit the workspace together, or the advantages are given, a chunk goes from product to gradients
-    at once (`path` "one_shot", 3 G); otherwise the logits are made twice ("two_phase", 4 G). Both give the same
-    numbers.
+    at once (`path` "one_shot", 3 G). Otherwise ("two_phase") a group's logits are made twice, less the last workspace
+    full of them: 3 to 4 G. Both give the same numbers.
 
     Args:
         hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
@@ -316,9 +316,9 @@ def fused_linear_sega_loss(
     else:
         bounds = batch.group_bounds(group_size, rows)
     if bounds is not None and max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
-        path, run = "two_phase", _two_phase
+        path, run = "two_phase", _by_group if head.shards is None else _two_phase
     else:
-        path, run = "one_shot", _one_shot
+        path, run = "one_shot", _by_group
     logprobs, entropy, advantages, loss, gradients, report = run(
         batch, rows, head, weights, advantages, bounds, group_size, group, needs
     )
@@ -400,25 +400,34 @@ def _merged(bounds: list[int], rows_per_chunk: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _one_shot(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """[begin, end) in parts of `size` rows, what is over first."""
+    firsts = list(range(end, begin, -size))[::-1]
+    return [(max(begin, last - size), last) for last in firsts]
+
+
+def _by_group(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    """Runs of groups, one after the other: statistics, advantages, gradients.
+
+    Where a run is more than one chunk, its last chunk's logits are still there when the advantages are known; those of
+    the others are made again.
+    """
     shot = OneShot(rows, head, needs)
     sequence = batch.sequence_of(rows)
     given = advantages is not None
     logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
     all_entropy = torch.zeros(rows.total, device=weights.device)
     loss = torch.zeros((), device=weights.device)
+    step = head.rows_per_chunk
     if given:
-        step = head.rows_per_chunk
-        chunks = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
+        runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
     else:
         advantages = torch.zeros_like(weights)
-        chunks = [
-            (bounds[g], bounds[h], (g * group_size, h * group_size)) for g, h in _merged(bounds, head.rows_per_chunk)
-        ]
-    for begin, end, sequences in chunks:
-        if begin == end:
-            continue
-        logprobs[begin:end], entropy[begin:end] = shot.statistics(begin, end)
+        runs = [(bounds[g], bounds[h], (g * group_size, h * group_size)) for g, h in _merged(bounds, step)]
+    for begin, end, sequences in runs:
+        chunks = _chunks(begin, end, step)
+        for first, last in chunks:
+            logprobs[first:last], entropy[first:last] = shot.statistics(first, last)
         if not given:
             at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
             all_entropy[at] = entropy[begin:end]
@@ -427,12 +436,16 @@ def _one_shot(batch: _Batch, rows, head: Head, weights, advantages, bounds, grou
             advantages[sequences[0] : sequences[1]] = part
         a = (-advantages * weights)[sequence[begin:end]]
         loss += weighted_sum(a, logprobs[begin:end])
-        shot.gradients(entropy[begin:end], a, torch.zeros_like(a))
+        for first, last in reversed(chunks if any(needs) else []):
+            shot.again(first, last)
+            part = a[first - begin : last - begin]
+            shot.gradients(entropy[first:last], part, torch.zeros_like(part))
     spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
     return *spread, advantages, loss, shot.finish(), shot.report()
 
 
 def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    """Statistics of all, then gradients of all: over a sharded vocabulary the statistics then travel together."""
     stats = statistics(rows, head)
     logprobs, entropy = (rows.spread(x).view(batch.targets.shape) for x in stats[:2])
     scores = batch.scores(entropy)

@@ -424,7 +424,9 @@ def test_products_and_buffers_are_only_those_needed(path, needed, device):
         assert loss.requires_grad == (needed != "none")
         if needed != "none":
             loss.backward()
-    assert recorder.products == GEMMS[path][needed] * math.ceil(N / rows)
+    # Two phase within a group: its last chunk's logits are still there.
+    saved = path == "sega, two phase" and needed != "none"
+    assert recorder.products == GEMMS[path][needed] * math.ceil(N / rows) - saved
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (needed in ("all", name))
     if leaves["weight"].grad is None:
