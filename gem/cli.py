@@ -54,17 +54,20 @@ def train_command(
     """Train: SFT warm start, then sample, score and step; evaluated before and after.
 
     Every setting is a key of the YAML file and a flag on top of it, as in --max_steps 20.
-    Several processes or GPUs: accelerate launch -m gem train CONFIG.
+    Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: docs/training.md.
     """
     from gem.demo import report
-    from gem.distributed import is_main
+    from gem.distributed import is_main, shut_down
     from gem.train import train
 
     console = Console()
-    result = train(load_config(config, context.args), console, resume=resume)
-    if is_main():
-        report(result, console)
+    try:
+        result = train(load_config(config, context.args), console, resume=resume)
+        if is_main():
+            report(result, console)
+    finally:
+        shut_down()
 
 
 @app.command("score")

@@ -2,8 +2,8 @@
 
 The unit of work is a prompt. Every process knows the whole step: it samples its share of the prompts, the candidates
 are gathered, and scores, denominators and metrics are computed from all of them everywhere. So there is nothing to
-average and nothing that depends on how many processes there are. `accelerate launch` starts the processes; with one
-process every function here is the identity.
+average and nothing that depends on how many processes there are. `accelerate launch` starts the processes
+(on CPUs, which it runs one process on, `torchrun`); with one process every function here is the identity.
 
 Data parallel (a whole model in each process) needs no wrapper: the gradient is a sum, which `Trainer.step` takes over
 the processes before the step. DistributedDataParallel would reduce it from hooks of each backward, and would have to
@@ -69,6 +69,12 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
 def wait_for_all() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def shut_down() -> None:
+    """Before the process ends: a group that is left open aborts it from one of its threads."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_accelerator(device: str = "auto") -> Accelerator:

@@ -52,6 +52,7 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     distributed.on_main(lambda: checkpoint.save_model(session.model, session.tokenizer, model_dir, weights))
     clock.lap("saving")
     session.tracker.close()
+    distributed.wait_for_all()
     return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
 
 
