@@ -6,6 +6,7 @@ replay the recorded times. What was skipped goes into the result file too, with 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from .measure import describe, replay_clock
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="bench: also the long shapes on a CPU, up to 128k rows")
+    parser.addoption("--rows-log", metavar="FILE", help="bench: append each row as a line of JSON when it is measured")
 
 
 def pytest_configure(config):
@@ -60,10 +62,17 @@ class Contests:
         benchmark.pedantic(lambda: None, rounds=max(1, len(result.times)), iterations=1)
         replay_clock.load([])
         if benchmark.enabled:
-            self.config.bench_rows.append({**result.facts, "group": group, "times": result.times})
+            self.keep({**result.facts, "group": group, "times": result.times})
         wrong = result.facts["wrong"]
         if result.facts["ours"] and wrong and not result.facts["approximate"]:
             pytest.fail(f"{name} is wrong: " + ", ".join(f"{k} {result.facts['errors'][k]:.1e}" for k in wrong))
+
+    def keep(self, row: dict) -> None:
+        self.config.bench_rows.append(row)
+        log = self.config.getoption("--rows-log")
+        if log:
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture(scope="session")

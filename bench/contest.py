@@ -17,7 +17,7 @@ from .peers import Adapter, Missing
 from .shapes import Shape, dtype_name
 from .works import Entry, Problem, Work, make_problem
 
-CHECK_ROWS = {"cpu": 64, "cuda": 256}
+CHECK_ROWS = {"cpu": 32, "cuda": 256}
 LONG_ROWS = 8192  # on a CPU, from here on each is measured once
 FULL_LOGITS = 6 * 4  # bytes a logit, held at a time by what materialises them
 
@@ -49,18 +49,19 @@ def run_contest(
     warnings.filterwarnings("ignore", category=UserWarning)
     ready, results = {}, {}
     check = make(work.name, shape, device, min(shape.rows, CHECK_ROWS[device.type]))
+    expected: dict[bool, tuple] = {}
     for entry in entries:
         name = entry.adapter.name
         try:
             refuse(entry.adapter, shape, check, device)
             function = entry.adapter.load(device)
-            facts = checked(work, entry, function, check)
+            facts = checked(work, entry, function, check, expected)
         except Exception as error:
             results[name] = as_missing(error)
             continue
         ready[name] = (entry, function)
         results[name] = Row([], {**facts, **describe_row(work, entry.adapter, shape, check)})
-    del check
+    del check, expected
     if not timed:
         return results
     problem = make(work.name, shape, device, None)
@@ -118,14 +119,14 @@ def ceiling_of(work: Work, problem: Problem, device: torch.device) -> Ceiling:
     return measure.gemm_ceiling(problem.hidden, problem.weight)
 
 
-def checked(work: Work, entry: Entry, function: Callable, check: Problem) -> dict:
-    """Errors, budgets and the verdict on the check problem."""
+def checked(work: Work, entry: Entry, function: Callable, check: Problem, expected: dict[bool, tuple]) -> dict:
+    """Errors, budgets and the verdict on the check problem. `expected` keeps truth and yardstick for the next."""
     entropy = entry.adapter.entropy
     dtype = check.leaves()[0].dtype
     got = work.outcome(entry.loss, function, check.cast(dtype), entropy)
-    exact = work.expected(check, torch.float64, entropy)
-    yardstick = work.expected(check, dtype, entropy)
-    verdict = judge(got, exact, yardstick)
+    if entropy not in expected:
+        expected[entropy] = tuple(work.expected(check, d, entropy) for d in (torch.float64, dtype))
+    verdict = judge(got, *expected[entropy])
     return {"errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": check.rows}
 
 

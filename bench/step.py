@@ -21,13 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from gem.data import CompletionBatch, collate
 from gem.filtering import Scoring, score_rollout
 from gem.rollout import Rollout
 from gem.spans import AnswerSpans
-from gem.update import SegaUpdate, Trainer, sega_step
+from gem.trainer import Trainer
+from gem.update import SegaUpdate, sega_step
 from gem_kernels import reference
 
 PROMPTS, GROUP = 2, 4
@@ -109,18 +111,17 @@ class KeepingTrainer(Trainer):
     keep = False
     gradient: dict[str, Tensor]
 
-    def step(self, max_grad_norm: float) -> float:
+    def step(self):
         if self.keep:
-            self.gradient = gradient_of(self.model)
-        return super().step(max_grad_norm)
-
-
-def gradient_of(model) -> dict[str, Tensor]:
-    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+            names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            found = zip(names, self.parameters)
+            self.gradient = {name: p.grad.detach().clone() for name, p in found if p.grad is not None}
+        return super().step()
 
 
 def new_trainer(model) -> KeepingTrainer:
-    return KeepingTrainer(model, learning_rate=0.0, total_steps=1000)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    return KeepingTrainer(model, accelerator, learning_rate=0.0, total_steps=1000)
 
 
 def gem_step(trainer: KeepingTrainer, inputs: StepInputs) -> Tensor:
@@ -161,9 +162,9 @@ def authors_step(trainer: KeepingTrainer, inputs: StepInputs) -> Tensor:
     model.train()
     for i in range(count):
         logprobs, _ = candidate_stats(model, *candidate(batch, i))
-        (-advantages[i] * logprobs.sum() / count).backward()
+        trainer.backward(-advantages[i] * logprobs.sum() / count)
     model.eval()
-    trainer.step(1.0)
+    trainer.step()
     return scores
 
 
@@ -186,7 +187,6 @@ def step_outcome(way: Callable, inputs: StepInputs, double: bool = False) -> dic
     trainer = new_trainer(model)
     trainer.keep = True
     scores = way(trainer, inputs)
-    trainer.optimizer.state.clear()
     gradient = trainer.gradient
     tied = {name: g for name, g in gradient.items() if "embed_tokens" in name or "lm_head" in name}
     rest = [g.flatten() for name, g in gradient.items() if name not in tied]

@@ -7,11 +7,14 @@ from collections import namedtuple
 import pytest
 import torch
 
-from . import step
 from .contest import Row, as_missing, measure_rows
 from .errors import judge
 from .measure import Ceiling, replay_clock
 from .peers import Adapter
+
+step = pytest.importorskip(
+    "bench.step", reason="the loop's packages are missing: pip install -e '.[train]'", exc_type=ImportError
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Entry = namedtuple("Entry", "adapter")
@@ -25,6 +28,7 @@ def run_step(entries, timed) -> dict:
     yardstick = step.step_outcome(step.authors_step, inputs)
     head = inputs.model.get_input_embeddings().weight
     results, prepares = {}, {}
+    trainer = step.new_trainer(inputs.model)  # one for all: its moments stand before anything is measured
     for entry in entries:
         name = entry.adapter.name
         try:
@@ -40,7 +44,7 @@ def run_step(entries, timed) -> dict:
             "label": f"{step.PROMPTS} prompts x {step.GROUP} candidates", "data": "written answers",
             "errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": inputs.tokens,
         })  # fmt: skip
-        prepares[name] = lambda whole=False, way=way: step_call(way, inputs)
+        prepares[name] = lambda whole=False, way=way: lambda: way(trainer, inputs)
     weights = sum(p.numel() for p in inputs.model.parameters())
     tokens = int(inputs.batch.prompt_mask.sum() + inputs.batch.completion_mask.sum())
     # The least: each prompt and completion token once forward to score, once forward and backward to train.
@@ -48,11 +52,6 @@ def run_step(entries, timed) -> dict:
     if timed:
         measure_rows(results, prepares, block_ceiling(inputs, tokens), floor, 3, DEVICE)
     return results
-
-
-def step_call(way, inputs):
-    trainer = step.new_trainer(inputs.model)
-    return lambda: way(trainer, inputs)
 
 
 def block_ceiling(inputs, tokens: int) -> Ceiling:
