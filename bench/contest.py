@@ -126,7 +126,8 @@ def checked(work: Work, entry: Entry, function: Callable, check: Problem, expect
     got = work.outcome(entry.loss, function, check.cast(dtype), entropy)
     if entropy not in expected:
         expected[entropy] = tuple(work.expected(check, d, entropy) for d in (torch.float64, dtype))
-    verdict = judge(got, *expected[entropy])
+    terms = {} if check.weight is None else {"dHidden": check.weight.shape[0], "dWeight": check.rows}
+    verdict = judge(got, *expected[entropy], terms)
     return {"errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": check.rows}
 
 

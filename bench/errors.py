@@ -2,12 +2,14 @@
 
 log-probs and entropy: largest absolute error in nats. Gradients: largest error over the largest entry of the truth.
 Budget: twice the error of plain torch on the same inputs (the product in their dtype, statistics in float32, p log p of
-p = 0 taken as 0), plus the rounding of the result to its own dtype, plus two float32 roundings at the size of the row.
+p = 0 taken as 0), plus the rounding of the result to its own dtype, plus two float32 roundings at the size of the row;
+for a gradient that is a product, twice the float32 rounding of a sum of K terms in any order, sqrt(K) 2^-24.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +63,8 @@ def error(got: Tensor, exact: Tensor, key: str) -> float:
     return worst if key in IN_NATS else worst / (largest(exact) or 1.0)
 
 
-def judge(got: Outcome, exact: Outcome, yardstick: Outcome) -> Verdict:
-    """Errors and budgets of all that `got` holds."""
+def judge(got: Outcome, exact: Outcome, yardstick: Outcome, terms: Mapping[str, int] | None = None) -> Verdict:
+    """Errors and budgets of all that `got` holds; `terms`: how many terms the sums of a product have, K."""
     errors, budgets = {}, {}
     for key, value in got.items():
         errors[key] = error(value, exact[key], key)
@@ -70,5 +72,6 @@ def judge(got: Outcome, exact: Outcome, yardstick: Outcome) -> Verdict:
         finite = exact[key][exact[key].isfinite()]
         size = (largest(finite) if key in IN_NATS else 1.0) or 1.0
         rounding = 2 * EPS[value.dtype] * size + 2.0**-22 * max(size, 1.0)
+        rounding += 2 * math.sqrt((terms or {}).get(key, 0)) * 2.0**-24
         budgets[key] = rounding + (2 * torchs if math.isfinite(torchs) else 0.0)
     return Verdict(errors, budgets)

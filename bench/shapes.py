@@ -52,10 +52,10 @@ CPU = {
         *_table(torch.float32, (SMOLLM2, 256, 1024), (QWEN3, 256)),
         Shape(SMOLLM2, 1024, torch.bfloat16),
     ],
-    "linear_stats": _table(torch.float32, (SMOLLM2, 256, 1024), (QWEN3, 128)),
+    "linear_stats": _table(torch.float32, (SMOLLM2, 256, 1024), (QWEN3, 64)),
     "linear_policy": _table(torch.float32, (SMOLLM2, 256)),
     "nll": _table(torch.float32, (SMOLLM2, 256)),
-    "sega": _table(torch.float32, (SMOLLM2, 256, 1024)),
+    "sega": _table(torch.float32, (SMOLLM2, 256, 512)),
 }
 CPU_LONG = {
     "stats": _table(torch.float32, (SMOLLM2, 16384)),

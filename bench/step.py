@@ -51,6 +51,14 @@ class StepInputs:
         return int(self.batch.lengths.sum())
 
 
+def first_prompt(inputs: StepInputs) -> StepInputs:
+    """The same for the first prompt and its candidates alone, for the check against float64."""
+    rollout = inputs.rollout
+    spans = AnswerSpans(rollout.spans.answer_start[:GROUP], rollout.spans.found[:GROUP], ())
+    part = Rollout(rollout.batch.select_prompts(0, 1), rollout.truncated[:GROUP], (), spans)
+    return StepInputs(inputs.model, part, inputs.name)
+
+
 @functools.lru_cache(1)
 def step_inputs(device: torch.device) -> StepInputs:
     """The model, and PROMPTS word problems with GROUP written answers each: right, wrong, those of other problems."""

@@ -24,8 +24,9 @@ RIVALS = tuple(Entry(Adapter(name, lambda _, way=way: way)) for name, way in ste
 def run_step(entries, timed) -> dict:
     inputs = step.step_inputs(DEVICE)
     # The method's first definition in float64 is the truth, and in the model's dtype the yardstick.
-    exact = step.step_outcome(step.authors_step, inputs, double=True)
-    yardstick = step.step_outcome(step.authors_step, inputs)
+    check = step.first_prompt(inputs)
+    exact = step.step_outcome(step.authors_step, check, double=True)
+    yardstick = step.step_outcome(step.authors_step, check)
     head = inputs.model.get_input_embeddings().weight
     results, prepares = {}, {}
     trainer = step.new_trainer(inputs.model)  # one for all: its moments stand before anything is measured
@@ -33,7 +34,7 @@ def run_step(entries, timed) -> dict:
         name = entry.adapter.name
         try:
             way = entry.adapter.load(DEVICE)
-            verdict = judge(step.step_outcome(way, inputs), exact, yardstick)
+            verdict = judge(step.step_outcome(way, check), exact, yardstick)
         except Exception as error:
             results[name] = as_missing(error)
             continue
@@ -42,7 +43,7 @@ def run_step(entries, timed) -> dict:
             "hidden": head.shape[1], "dtype": "bf16" if head.dtype == torch.bfloat16 else "fp32", "rival": name,
             "ours": name == "gem", "entropy": True, "approximate": False,
             "label": f"{step.PROMPTS} prompts x {step.GROUP} candidates", "data": "written answers",
-            "errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": inputs.tokens,
+            "errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": check.tokens,
         })  # fmt: skip
         prepares[name] = lambda whole=False, way=way: lambda: way(trainer, inputs)
     weights = sum(p.numel() for p in inputs.model.parameters())

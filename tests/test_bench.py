@@ -160,6 +160,7 @@ def result(tmp_path):
 
 
 def test_report_of_a_stored_result(result, tmp_path):
+    pytest.importorskip("matplotlib")
     report.main([str(result), "--docs", str(tmp_path)])
     page = (tmp_path / "benchmarks.md").read_text()
     assert "## GPU\n\nnot measured" in page
