@@ -88,6 +88,8 @@ def measure_rows(
     device: torch.device,
 ) -> None:
     """Memory of each, then all and the ceiling in turn; fills `results` in. prepare(whole) gives what is measured."""
+    gc.collect()
+    gc.freeze()  # libraries hold a million objects; without them each later collection takes no time
     for name in list(prepares):
         try:
             prepares[name]()()  # warm
@@ -97,9 +99,12 @@ def measure_rows(
             results[name] = as_missing(error)
             del prepares[name]
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if not prepares:
         return
-    times = measure.interleave({**prepares, "ceiling": ceiling.prepare}, rounds, device)
+    times, failed = measure.interleave({**prepares, "ceiling": ceiling.prepare}, rounds, device)
+    results.update((name, as_missing(error)) for name, error in failed.items())
     unit, scale = ("GB/s", 1e9) if ceiling.kind == "copy" else ("TFLOP/s", 1e12)
     best = ceiling.rate(times.pop("ceiling"))
     for name, found in times.items():

@@ -43,16 +43,24 @@ def _empty_l2(device: torch.device) -> None:
 
 def interleave(
     prepares: Mapping[str, Callable[[], Closure]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each rival, `rounds` times in turn. `prepare()` is not timed and gives what is; all are warm."""
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds of each rival, `rounds` times in turn, and who failed on the way.
+
+    `prepare()` is not timed and gives what is; all are warm.
+    """
     times: dict[str, list[float]] = {name: [] for name in prepares}
+    failed: dict[str, Exception] = {}
     for _ in range(rounds):
-        for name, prepare in prepares.items():
-            closure = prepare()
-            gc.collect()
-            times[name].append(seconds(closure, device))
-            del closure
-    return times
+        gc.collect()
+        for name in list(times):
+            try:
+                closure = prepares[name]()
+                times[name].append(seconds(closure, device))
+                del closure
+            except Exception as error:
+                failed[name] = error.with_traceback(None)  # it holds the tensors
+                del times[name]
+    return times, failed
 
 
 def peak_extra(prepare: Callable[[], Closure], device: torch.device) -> int | None:

@@ -107,8 +107,10 @@ def test_minus_infinity_is_no_error_in_the_truth():
 
 def test_rivals_take_turns():
     order = []
-    times = interleave({n: lambda n=n: lambda: order.append(n) for n in "ab"}, 3, CPU_DEVICE)
-    assert order == list("ababab") and all(len(t) == 3 for t in times.values())
+    prepares = {n: lambda n=n: lambda: order.append(n) for n in "ab"}
+    times, failed = interleave({**prepares, "fails": lambda: lambda: 1 / 0}, 3, CPU_DEVICE)
+    assert order == list("ababab") and {n: len(t) for n, t in times.items()} == {"a": 3, "b": 3}
+    assert isinstance(failed["fails"], ZeroDivisionError)
 
 
 def test_replayed_times_are_the_measured_ones():
