@@ -132,7 +132,8 @@ def checked(work: Work, entry: Entry, function: Callable, check: Problem, expect
     if entropy not in expected:
         expected[entropy] = tuple(work.expected(check, d, entropy) for d in (torch.float64, dtype))
     terms = {} if check.weight is None else {"dHidden": check.weight.shape[0], "dWeight": check.rows}
-    verdict = judge(got, *expected[entropy], terms)
+    (exact, scale), (yardstick, _) = expected[entropy]
+    verdict = judge(got, exact, yardstick, terms, scale)
     return {"errors": verdict.errors, "budgets": verdict.budgets, "wrong": verdict.wrong, "check_rows": check.rows}
 
 

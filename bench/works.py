@@ -303,8 +303,9 @@ class Work:
             return {**result, "dLogits": problem.logits.grad}
         return {**result, "dHidden": problem.hidden.grad, "dWeight": problem.weight.grad}
 
-    def expected(self, problem: Problem, dtype: torch.dtype, entropy: bool) -> Outcome:
-        """By plain torch: the truth where dtype is float64, the yardstick where it is the problem's own."""
+    def expected(self, problem: Problem, dtype: torch.dtype, entropy: bool) -> tuple[Outcome, float]:
+        """By plain torch: the truth where dtype is float64, the yardstick where it is the problem's own; and the
+        largest logit, over the temperature."""
         loss = {"nll": nll, "sega": sega}.get(self.name, policy)
 
         def function(*arguments):
@@ -313,9 +314,13 @@ class Work:
             else:
                 hidden, weight, targets, temperature = arguments
                 logits = hidden @ weight.t()
+            z = logits.detach()
+            tau = float(torch.as_tensor(temperature).min())
+            scale.append(float(z.masked_fill(z.isinf(), 0.0).abs().max()) / tau)
             return plain(logits if logits.dtype == torch.float64 else logits.float(), targets, temperature)
 
-        return self.outcome(loss, function, problem.cast(dtype), entropy)
+        scale: list[float] = []
+        return self.outcome(loss, function, problem.cast(dtype), entropy), scale[0]
 
 
 def _entries(adapters, loss) -> tuple[Entry, ...]:
