@@ -99,29 +99,38 @@ def win_probabilities(scores: Tensor, standard_errors: Tensor, valid: Tensor) ->
     return torch.where(both, torch.special.ndtr(z), 0.5)
 
 
-def bradley_terry(probabilities: Tensor, valid: Tensor, *, tolerance: float = 1e-10, max_steps: int = 10_000) -> Tensor:
-    """Log-strengths theta of P(i beats j) = e^theta_i / (e^theta_i + e^theta_j): [P, G, G] -> [P, G] float64.
+def bradley_terry(probabilities: Tensor, valid: Tensor, *, tolerance: float = 1e-9, max_steps: int = 200) -> Tensor:
+    """Log-strengths theta of P(i beats j) = sigma(theta_i - theta_j): [P, G, G] -> [P, G] float64.
 
-    Maximum likelihood where every pair was compared once and i won the share P_ij of it, by the MM algorithm (Hunter
-    2004), which never lowers the likelihood:
+    Maximum likelihood (Bradley and Terry 1952) where every pair was compared once and i won the share P_ij of it:
 
-        p_i <- W_i / sum_{j != i} 1 / (p_i + p_j),      W_i = sum_{j != i} P_ij
+        log L = sum_{i != j} P_ij log sigma(theta_i - theta_j)
+        d/dtheta_i = W_i - sum_j sigma(theta_i - theta_j),   W_i = sum_{j != i} P_ij     (expected = observed wins)
+        -Hessian = diag(rows of V) - V,   V_ij = sigma (1 - sigma)                       (a graph's Laplacian)
+
+    by Newton's method. A step is shortened until no difference theta_i - theta_j moves by more than 1: so far the
+    curvature of log sigma changes by less than what would undo the ascent, so it converges from anywhere.
 
     The mean of theta over the valid candidates of a group is 0; invalid ones have 0. Probabilities are first kept
     within [CERTAINTY, 1 - CERTAINTY], so that the maximum exists; it is unique.
     """
-    pairs = valid[:, :, None] & valid[:, None, :] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    wins = probabilities.double().clamp(CERTAINTY, 1 - CERTAINTY).masked_fill(~pairs, 0.0).sum(2)
-    compared = pairs.any(2)
+    size = valid.shape[1]
+    identity = torch.eye(size, dtype=torch.float64, device=valid.device)
+    pairs = (valid[:, :, None] & valid[:, None, :] & (identity == 0)).double()
+    shares = (probabilities.double() + 1 - probabilities.double().mT) / 2  # both of a pair sum to 1 beyond rounding
+    wins = (shares.clamp(CERTAINTY, 1 - CERTAINTY) * pairs).sum(2)
+    # The Laplacian is singular along constants; a constant added to each group's block fixes the mean at 0.
+    anchor = torch.where(valid[:, :, None] & valid[:, None, :], 1.0 / size, identity)
     theta = torch.zeros_like(wins)
     for _ in range(max_steps):
-        strength = theta.exp()
-        shares = (1 / (strength[:, :, None] + strength[:, None, :])).masked_fill(~pairs, 0.0).sum(2)
-        new = torch.where(compared, (wins / shares).log(), 0.0)
-        new = torch.where(compared, new - _valid_mean(new, compared), 0.0)
-        moved = (new - theta).abs().amax() if new.numel() else new.new_zeros(())
-        theta = new
-        if not bool(moved > tolerance):  # NaN scores end it as well
+        expected = torch.sigmoid(theta[:, :, None] - theta[:, None, :]) * pairs
+        weights = expected * (1 - expected)
+        laplacian = torch.diag_embed(weights.sum(2)) - weights + anchor
+        step = torch.linalg.solve(laplacian, wins - expected.sum(2))
+        spread = step.amax(1, keepdim=True) - step.amin(1, keepdim=True)
+        step = step / spread.clamp_min(1.0)
+        theta = theta + step
+        if not bool((step.abs() > tolerance).any()):  # a group with NaN has its NaN and holds up no other
             break
     return theta
 

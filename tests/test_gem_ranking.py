@@ -70,7 +70,7 @@ def test_probabilities_by_hand():
 
 
 def test_strengths_of_two_are_their_log_odds():
-    p = torch.tensor([[[0.5, 0.8], [0.2, 0.5]]])
+    p = torch.tensor([[[0.5, 0.8], [0.2, 0.5]]], dtype=torch.float64)
     theta = bradley_terry(p, torch.ones(1, 2, dtype=torch.bool))[0]
     assert theta.tolist() == pytest.approx([math.log(4) / 2, -math.log(4) / 2], abs=1e-8)
 
@@ -81,6 +81,23 @@ def test_strengths_that_made_the_probabilities_are_found():
     p = torch.sigmoid(theta[:, :, None] - theta[:, None, :])
     truth = torch.where(valid, theta - (theta * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True), 0.0)
     assert torch.allclose(bradley_terry(p, valid), truth, atol=1e-7)
+
+
+def test_large_groups_in_which_nearly_all_is_certain_converge():
+    scores = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(4, 64, dtype=torch.bool)
+    for error in (0.0, 0.02):
+        p = win_probabilities(scores, torch.full((4, 64), error), valid).clamp(1e-3, 1 - 1e-3)
+        theta = bradley_terry(p, valid)
+        expected = torch.sigmoid(theta[:, :, None] - theta[:, None, :])
+        assert torch.allclose(expected.sum(2), p.sum(2), atol=1e-8)
+        assert torch.equal(theta.argsort(1), scores.argsort(1))
+
+
+def test_scores_that_are_not_numbers_stay_in_their_group():
+    p = win_probabilities(torch.tensor([[1.0, 2.0, torch.nan], [1.0, 2.0, 3.0]]), torch.ones(2, 3), ALL.repeat(2, 1))
+    theta = bradley_terry(p, ALL.repeat(2, 1))
+    assert theta[0].isnan().any() and torch.allclose(theta[1], bradley_terry(p[1:], ALL)[0])
 
 
 def test_certain_and_lonely_candidates_have_finite_strengths():
