@@ -244,7 +244,8 @@ ceiling measured in the same turns: a copy of device memory (read + write) or th
 against float64 on the first rows of the same inputs: log-probs and entropies in nats, gradients over the largest
 entry. Who errs more than twice plain torch in the same dtype plus rounding is called WRONG and has no rank; nor has
 who computes no entropy where it is asked for, or approximates by design. A share above 1 is a pass that only reads,
-where the copy it is measured against also writes.
+where the copy it is measured against also writes. On a CPU, memory is the rise of the resident set's high-water mark.
+"wrong" is a statement about digits: the error and the budget stand beside it. The budget is in `bench/errors.py`.
 
 Adapters are in `bench/peers.py`. Those of implementations that need a CUDA device (flash-attn, quack, cut-cross-
 entropy's Triton kernels, verl's Triton kernel, Liger's Triton kernels, TRL's Triton kernels) are written from the
@@ -266,8 +267,9 @@ def write(results: Sequence[Path], docs: Path) -> Path:
             raise SystemExit(f"{path}: a second result of kind {kind}; give one of each")
         parts[kind] = part(path, docs) + f"\nResult file: `bench/results/{path.name}`.\n"
     pages = [INTRO]
+    missing = "not measured\n\n`bench/gpu.sh OUT_DIR [WHEEL_DIR]` measures it on a machine that has a GPU.\n"
     for kind, name in (("cuda", "GPU"), ("cpu", "CPU")):
-        pages.append(f"## {name}\n\n" + parts.get(kind, "not measured\n"))
+        pages.append(f"## {name}\n\n" + parts.get(kind, missing))
     page = docs / "benchmarks.md"
     page.write_text("\n".join(pages).rstrip() + "\n")
     return page

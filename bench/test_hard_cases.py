@@ -58,6 +58,8 @@ def pytest_generate_tests(metafunc):
             if case == "-inf logits" and name == "linear_policy":
                 continue  # no finite hidden state makes one
             for entry in WORKS[name].entries:
+                if entry.adapter.name == "torch.compile":
+                    continue  # eager's formula, at ten seconds of compiling a case
                 if entry.adapter.name.endswith("one shot") and case == "one temperature a row":
                     continue  # the adapter passes none
                 slug = case.replace(" ", "_").replace("%", "mod")

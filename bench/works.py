@@ -49,7 +49,7 @@ class Problem:
 
     @property
     def length(self) -> int:
-        return max(1, self.rows // (4 * GROUP))
+        return min(1024, max(1, self.rows // (4 * GROUP)))
 
     @property
     def sequences(self) -> int:
@@ -169,7 +169,7 @@ def fused_sega(expected: str, **options):
     def call(problem):
         group = -(-problem.rows // problem.sequences) * GROUP * problem.hidden.itemsize * problem.weight.shape[0]
         # Two copies of the logits stand in the workspace where the gradient's dtype is not theirs.
-        workspace = 2 * group // 3 if expected == "two_phase" else max(4 * group, 64 << 20)
+        workspace = 2 * group // 3 if expected == "two_phase" else max(2 * group, 64 << 20)
         out = gem_kernels.fused_linear_sega_loss(
             problem.hidden,
             problem.weight,
@@ -345,7 +345,7 @@ WORKS = {
     for work in (
         Work("stats", _entries(_IN_PLACE, policy), False, False, "copy", _logit_bytes(1), 5),
         Work("stats_backward", _entries(LOGITS, policy), True, True, "copy", _logit_bytes(2), 5),
-        Work("linear_stats", _entries(_ENTROPY_HEADS, policy), False, False, "gemm", _products(1), 5),
+        Work("linear_stats", _entries(_ENTROPY_HEADS, policy), False, False, "gemm", _products(1), 3),
         Work(
             "linear_policy",
             (
@@ -356,7 +356,7 @@ WORKS = {
             False,
             "gemm",
             _products(3),
-            5,
+            3,
         ),
         Work(
             "nll",
@@ -364,6 +364,6 @@ WORKS = {
              *_entries(MEAN_NLL, mean_nll)),
             True, False, "gemm", _products(3), 5,
         ),
-        Work("sega", (*_entries(_SEGA_HEADS, sega), *_entries(SEGA, whole_sega)), True, False, "gemm", _products(3), 5),
+        Work("sega", (*_entries(_SEGA_HEADS, sega), *_entries(SEGA, whole_sega)), True, False, "gemm", _products(3), 3),
     )
 }  # fmt: skip
