@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,9 @@ class PairOptions:
 
 
 def pair_options(config: TrainConfig) -> PairOptions:
+    """Of a run; `UserError` where its answers could never be found."""
+    if not config.chain_of_thought and "marker" not in config.answer_span:
+        raise UserError("answer_span: expected marker among them: with chain_of_thought: false answers are marked")
     return PairOptions(
         prompt=config.prompt_column,
         chosen=config.chosen_column,
@@ -360,6 +364,8 @@ def answers_from_row(
     if not isinstance(prompt, str) and prompt[-1][0] not in ("user", "tool"):
         return f'"{options.prompt}" must end with a message of the user, it ends with one of "{prompt[-1][0]}"'
     answer = row.values.get(options.answer)
+    if isinstance(answer, float) and math.isnan(answer):  # how tables of numbers spell a missing one
+        answer = None
     if problem := answer_problem(options.answer, answer):
         return problem
     return prompt, answers, None if answer is None else str(answer)

@@ -15,6 +15,7 @@ from gem.data import (
     collate,
     load_pairs,
     load_run_pairs,
+    pair_options,
     prompt_format,
     run_system_prompt,
     sft_target,
@@ -129,7 +130,8 @@ def test_room_for_sampled_answers_counts(tmp_path):
 
 
 def test_answer_may_be_a_number(tmp_path):
-    assert load(write(tmp_path / "p.jsonl", {**GOOD, "answer": 2}))[0][0].answer == "2"
+    for given, known in ((2, "2"), (2.5, "2.5"), (float("nan"), None), (None, None), ("two", "two")):
+        assert load(write(tmp_path / "p.jsonl", {**GOOD, "answer": given}))[0][0].answer == known
 
 
 def test_columns_are_mapped(tmp_path):
@@ -277,6 +279,13 @@ def test_without_chain_of_thought_the_answer_alone_is_taught():
     assert sft_target("2 + 2\nFinal Answer: 4\n", "5", options) == "Final Answer: 4"
     assert sft_target("2 + 2 = 4", "4", options) == "Final Answer: 4"
     assert sft_target("2 + 2\n4", None, options) == "Final Answer: 4"
+
+
+def test_answers_without_chain_need_the_marker():
+    config = build_config({"model": "m", "train_file": "t", "output_dir": "o", "answer_span": "boxed"})
+    assert pair_options(config).finders[0].name == "boxed"
+    with pytest.raises(UserError, match="answer_span: expected marker"):
+        pair_options(dataclasses.replace(config, chain_of_thought=False))
 
 
 def test_a_run_reads_its_sources_as_configured(tmp_path):

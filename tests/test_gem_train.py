@@ -202,9 +202,3 @@ def test_mistakes_are_one_line(folder, tmp_path, arguments, word, monkeypatch, c
     code, _, error = call([str(places.get(a, a)) for a in arguments], monkeypatch, capsys)
     lines = [line for line in error.splitlines() if line.startswith("gem: ")]
     assert code == 2 and len(lines) == 1 and word in lines[0] and "Traceback" not in error
-
-
-@pytest.mark.parametrize("command", ["", "train", "score", "evaluate", "data", "data arithmetic", "demo"])
-def test_help_fits_a_screen(command, monkeypatch, capsys):
-    code, out, _ = call([*command.split(), "--help"], monkeypatch, capsys)
-    assert code == 0 and 3 < len(out.splitlines()) <= 45
