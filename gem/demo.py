@@ -34,6 +34,12 @@ SETTINGS = {
     "eval_batch_size": 8,
     "eval_generate": 32,
     "eval_sample": 8,
+    # A checkpoint after each stage (1.6 GB; the older goes), a table of samples, and the guards' numbers.
+    "save_steps": 12,
+    "save_total_limit": 1,
+    "report_to": ["tensorboard"],
+    "log_completions_steps": 3,
+    "guards": "warn",
 }
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,10 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, each written through as it comes. `offset`: bytes to keep of a file that is there."""
+    """One JSON object a line, each written through as it comes; a number that is not finite is null.
+
+    offset: bytes to keep of a file that is there.
+    """
 
     def __init__(self, path: Path, offset: int | None = None) -> None:
         if offset is not None:
@@ -53,6 +57,7 @@ class JsonLines:
         return self.file.tell()
 
     def write(self, row: dict[str, Any]) -> None:
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         try:
             self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             self.file.flush()
