@@ -55,7 +55,7 @@ def launch(path, *flags, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [*command, "-m", "gem", "train", str(path), *flags], env=env, capture_output=True, text=True, timeout=120
+        [*command, "-m", "gem", "train", str(path), *flags], env=env, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
