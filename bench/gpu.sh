@@ -51,8 +51,13 @@ bench() {
 }
 
 : >"$OUT/stages.txt"
-"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)' \
-    2>&1 | tail -n 1 | tee "$OUT/device.txt"
+CHECK='import sys, torch
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device", "torch", torch.__version__)
+sys.exit(not torch.cuda.is_available())'
+"$PYTHON" -c "$CHECK" >"$OUT/device.txt" 2>&1 || NO_DEVICE=1
+tail -n 1 "$OUT/device.txt"
+# ANY_DEVICE=1 goes on without one, to try the script itself.
+[ -n "${NO_DEVICE:-}" ] && [ -z "${ANY_DEVICE:-}" ] && exit 1
 export -f install_peers bench
 export PYTHON WHEELS OUT BENCH_ARGS
 [ -n "$WHEELS" ] && stage peers 60 bash -c install_peers

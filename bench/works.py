@@ -362,7 +362,7 @@ WORKS = {
             "nll",
             (*_entries((a for a in _SEGA_HEADS if not a.entropy or a.name == "eager"), nll),
              *_entries(MEAN_NLL, mean_nll)),
-            True, False, "gemm", _products(3), 5,
+            True, False, "gemm", _products(3), 3,
         ),
         Work("sega", (*_entries(_SEGA_HEADS, sega), *_entries(SEGA, whole_sega)), True, False, "gemm", _products(3), 3),
     )
