@@ -157,6 +157,12 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def remove_leftovers(run_dir: Path) -> None:
+    """What a kill in the middle of writing or removing a directory left."""
+    for path in (*run_dir.glob(".*.part"), *run_dir.glob(".*.old")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> whole tensor on the CPU of every parameter that is trained. Under FSDP2 a collective."""
     found = {}

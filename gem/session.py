@@ -143,6 +143,7 @@ def restore(run_dir: Path, model: nn.Module, data: str, console: Console) -> tup
             f"resume: the run has {len(state['random'])} processes, this is {distributed.world_size()}; "
             "launch as many as before"
         )
+    distributed.on_main(lambda: checkpoint.remove_leftovers(run_dir))
     checkpoint.restore_parameters(model, parameters)
     checkpoint.restore_random_state(state["random"][distributed.rank()])
     progress = checkpoint.from_tree(Progress, state["progress"])

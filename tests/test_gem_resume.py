@@ -139,9 +139,11 @@ def test_full_weights_continue_within_sft_and_within_sega(folder, monkeypatch, a
         train(config_of(folder, "full"), quiet())
     config = config_of(folder, f"full-{at}")
     cut_off(config, monkeypatch, at)
+    (folder / f"full-{at}" / ".checkpoint-1.old").mkdir()  # as a kill during a removal leaves it
     resumed = train(config, quiet(), resume=True)
     assert metrics(resumed.run_dir) == metrics(whole)
     assert weights(resumed.run_dir) == weights(whole)
+    assert not list(resumed.run_dir.glob(".*"))
     assert list(resumed.evaluations) == ["start", "SFT", "SEGA"]
 
 
