@@ -38,7 +38,7 @@ from gem.train import train
 SETTINGS: dict[str, Any] = {
     "num_generations": 4, "max_completion_length": 72, "rollout_batch_size": 16,
     "sft_epochs": 1, "sft_batch_size": 4, "sft_learning_rate": 1e-4,
-    "max_steps": 4, "prompts_per_step": 3, "learning_rate": 1e-5, "micro_batch_size": 4,
+    "max_steps": 4, "prompts_per_step": 3, "learning_rate": 3e-5, "micro_batch_size": 4,
     "eval_batch_size": 8, "eval_generate": 0, "eval_sample": 0,
 }  # fmt: skip
 SIZES = {"train_pairs": 20, "held_out_pairs": 32, "problems": 16}
