@@ -183,3 +183,18 @@ def test_report_refuses_what_is_no_result(tmp_path):
     with pytest.raises(SystemExit, match="not a result of"):
         report.main([str(other), "--docs", str(tmp_path)])
     assert not (tmp_path / "benchmarks.md").exists()
+
+
+def test_whole_step_agrees_with_the_authors_way(monkeypatch):
+    """Scores and gradients of both against float64, on the small model with random weights."""
+    step = pytest.importorskip("bench.step", exc_type=ImportError)
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    step.step_inputs.cache_clear()
+    try:
+        inputs = step.first_prompt(step.step_inputs(CPU_DEVICE))
+    finally:
+        step.step_inputs.cache_clear()
+    exact = step.step_outcome(step.authors_step, inputs, double=True)
+    yardstick = step.step_outcome(step.authors_step, inputs)
+    assert judge(step.step_outcome(step.gem_step, inputs), exact, yardstick).wrong == []
+    assert set(exact) == {"score", "dHead", "dBody"} and all(value.abs().max() > 0 for value in exact.values())
