@@ -102,9 +102,8 @@ def main() -> None:
     for name in steps:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(times[name], times["authors' way"]))
         extra = "-" if memory[name] is None else f"{memory[name] / 2**20:.0f} MiB"
-        print(
-            f"{name:14} {statistics.median(times[name]):7.2f} s a step   {ratio:.3f} of the authors' time   extra {extra}"
-        )
+        median = statistics.median(times[name])
+        print(f"{name:14} {median:7.2f} s a step   {ratio:.3f} of the authors' time   extra {extra}", flush=True)
 
 
 if __name__ == "__main__":
