@@ -22,6 +22,9 @@ VERSIONS = (
 )
 
 
+SLOW = 1.5
+
+
 def seconds(closure: Closure, device: torch.device) -> float:
     """One call: CUDA events around it on a GPU (its L2 cache emptied first), the wall clock on a CPU."""
     if device.type != "cuda":
@@ -46,13 +49,15 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds of each rival, `rounds` times in turn, and who failed on the way.
 
-    `prepare()` is not timed and gives what is; all are warm.
+    `prepare()` is not timed and gives what is; all are warm. What took over SLOW seconds is not run again.
     """
     times: dict[str, list[float]] = {name: [] for name in prepares}
     failed: dict[str, Exception] = {}
     for _ in range(rounds):
         gc.collect()
         for name in list(times):
+            if times[name] and times[name][0] > SLOW:
+                continue
             try:
                 closure = prepares[name]()
                 times[name].append(seconds(closure, device))
