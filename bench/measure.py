@@ -45,18 +45,18 @@ def _empty_l2(device: torch.device) -> None:
 
 
 def interleave(
-    prepares: Mapping[str, Callable[[], Closure]], rounds: int, device: torch.device
+    prepares: Mapping[str, Callable[[], Closure]], rounds: int, device: torch.device, slow: float = SLOW
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds of each rival, `rounds` times in turn, and who failed on the way.
 
-    `prepare()` is not timed and gives what is; all are warm. What took over SLOW seconds is not run again.
+    `prepare()` is not timed and gives what is; all are warm. What took over `slow` seconds is not run again.
     """
     times: dict[str, list[float]] = {name: [] for name in prepares}
     failed: dict[str, Exception] = {}
     for _ in range(rounds):
         gc.collect()
         for name in list(times):
-            if times[name] and times[name][0] > SLOW:
+            if times[name] and times[name][0] > slow:
                 continue
             try:
                 closure = prepares[name]()

@@ -49,10 +49,10 @@ CPU = {
         Shape(SMOLLM2, 512, torch.bfloat16),
     ],
     "stats_backward": [*_table(torch.float32, (SMOLLM2, 512)), Shape(SMOLLM2, 512, torch.bfloat16)],
-    "linear_stats": _table(torch.float32, (SMOLLM2, 256, 512)),
+    "linear_stats": _table(torch.float32, (SMOLLM2, 512)),
     "linear_policy": _table(torch.float32, (SMOLLM2, 256)),
-    "nll": _table(torch.float32, (SMOLLM2, 256)),
-    "sega": _table(torch.float32, (SMOLLM2, 256)),
+    "nll": _table(torch.float32, (SMOLLM2, 128)),
+    "sega": _table(torch.float32, (SMOLLM2, 128)),
 }
 CPU_LONG = {
     "stats": _table(torch.float32, (SMOLLM2, 16384), (GEMMA3, 1024), (LLAMA3, 1024)),

@@ -32,7 +32,7 @@ from gem.trainer import Trainer
 from gem.update import SegaUpdate, sega_step
 from gem_kernels import reference
 
-PROMPTS, GROUP = 2, 4
+PROMPTS, GROUP = 1, 4
 MARKER = "Final Answer:"
 
 
