@@ -86,11 +86,10 @@ def measure_rows(
     floor: float,
     rounds: int,
     device: torch.device,
-    slow: float = measure.SLOW,
 ) -> None:
     """Memory of each, then all and the ceiling in turn; fills `results` in. prepare(whole) gives what is measured.
 
-    What takes over `slow` seconds when it is warm is timed once.
+    What takes over measure.SLOW seconds when it is warm is timed once.
     """
     gc.collect()
     gc.freeze()  # libraries hold a million objects; without them each later collection takes no time
@@ -107,7 +106,7 @@ def measure_rows(
             torch.cuda.empty_cache()
     if not prepares:
         return
-    times, failed = measure.interleave({**prepares, "ceiling": ceiling.prepare}, rounds, device, slow)
+    times, failed = measure.interleave({**prepares, "ceiling": ceiling.prepare}, rounds, device)
     results.update((name, as_missing(error)) for name, error in failed.items())
     unit, scale = ("GB/s", 1e9) if ceiling.kind == "copy" else ("TFLOP/s", 1e12)
     best = ceiling.rate(times.pop("ceiling"))

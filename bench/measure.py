@@ -22,6 +22,7 @@ VERSIONS = (
 )
 
 
+# Seconds of a call on a CPU after which it is not repeated: `pytest bench/` is to end in four minutes.
 SLOW = 1.5
 
 
@@ -45,18 +46,18 @@ def _empty_l2(device: torch.device) -> None:
 
 
 def interleave(
-    prepares: Mapping[str, Callable[[], Closure]], rounds: int, device: torch.device, slow: float = SLOW
+    prepares: Mapping[str, Callable[[], Closure]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds of each rival, `rounds` times in turn, and who failed on the way.
 
-    `prepare()` is not timed and gives what is; all are warm. What took over `slow` seconds is not run again.
+    `prepare()` is not timed and gives what is; all are warm. What took over SLOW seconds is not run again.
     """
     times: dict[str, list[float]] = {name: [] for name in prepares}
     failed: dict[str, Exception] = {}
     for _ in range(rounds):
         gc.collect()
         for name in list(times):
-            if times[name] and times[name][0] > slow:
+            if times[name] and times[name][0] > SLOW:
                 continue
             try:
                 closure = prepares[name]()

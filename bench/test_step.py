@@ -51,7 +51,7 @@ def run_step(entries, timed) -> dict:
     # The least: each prompt and completion token once forward to score, once forward and backward to train.
     floor = 8.0 * weights * tokens
     if timed:
-        measure_rows(results, prepares, block_ceiling(inputs, tokens), floor, 2, DEVICE, slow=60.0)
+        measure_rows(results, prepares, block_ceiling(inputs, tokens), floor, 1, DEVICE)
     return results
 
 
