@@ -28,8 +28,9 @@ from gem.config import TrainConfig, build_config
 from gem.data import load_pairs, pair_options, prompt_format, run_system_prompt, write_jsonl
 from gem.demo import demo_model
 from gem.errors import UserError
-from gem.evaluate import implicit_rewards, reward_differences
+from gem.evaluate import reward_differences
 from gem.measures import bootstrap_interval
+from gem.policy import pair_logprobs
 from gem.rollout import Sampling, roll_out
 from gem.spans import answer_finders, answers_match
 from gem.train import train
@@ -152,7 +153,7 @@ def measure(model_dir: Path, config: TrainConfig, held_out: Path, num_problems: 
     form = prompt_format(tokenizer, run_system_prompt(config))
     pairs, _ = load_pairs(held_out, form, None, pair_options(config))
     model = models.load_model(source, models.load_config(source), config.dtype, config.device)
-    rewards = implicit_rewards(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size)
+    rewards = pair_logprobs(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size)
     difference = reward_differences(rewards, pairs)[config.preference_reduction]
     problems = pairs[:num_problems]
     rollout = roll_out(

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from gem_kernels import active_vocab
-from gem_kernels.linear_head import Products, check_head, with_active_vocab
+from gem_kernels.linear_head import Products, check_head
 
 EXPONENTS = (8, 10, 12)
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -114,10 +114,10 @@ def truth(hidden, weight, targets, a):
 
 def backward(gradient, hidden, weight, targets, a, threshold, rows_per_chunk, clock):
     """-> seconds, share, dHidden, dWeight, report. The chunks of dL/dlogits are there."""
+    workspace_bytes = 4 * weight.shape[0] * rows_per_chunk
     head, *_ = check_head(
-        hidden, weight, targets, None, 1.0, None, 1.0, -100, None, 4 * weight.shape[0] * rows_per_chunk, "auto"
+        hidden, weight, targets, None, 1.0, None, 1.0, -100, None, workspace_bytes, "auto", active_vocab=threshold
     )
-    head = with_active_vocab(head, threshold)
     begin = clock()
     # No workspace of its own here: the chunks are given.
     products = Products(head, 1, (True, True, False))

@@ -33,7 +33,6 @@ from gem.update import SegaUpdate, sega_step
 from gem_kernels import reference
 
 PROMPTS, GROUP = 1, 4
-MARKER = "Final Answer:"
 
 
 @dataclass(frozen=True)

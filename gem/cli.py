@@ -292,14 +292,14 @@ def _load(source, form, device: str):
 def _reference_logprobs(reference: str, form, pairs, batch_size: int, device: str, console: Console):
     """Log-probs of the pairs' answers under another model, which must have the same tokens."""
     from gem import model as models
-    from gem.evaluate import implicit_rewards
+    from gem.policy import pair_logprobs
 
     source = models.find_model(reference)
     if models.load_tokenizer(source).get_vocab() != form.tokenizer.get_vocab():
         raise UserError(f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from")
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
     loaded, _ = _load(source, form, device)
-    return implicit_rewards(loaded, pairs, pad_id=form.tokenizer.pad_token_id, batch_size=batch_size)
+    return pair_logprobs(loaded, pairs, pad_id=form.tokenizer.pad_token_id, batch_size=batch_size)
 
 
 def _show(report, console: Console) -> None:

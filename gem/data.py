@@ -318,6 +318,12 @@ def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
     return CompletionBatch(prompt_ids, prompt_mask, completion_ids, completion_mask, len(completions) // len(prompts))
 
 
+def collate_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> CompletionBatch:
+    """Pairs as prompts with two completions each: chosen, rejected."""
+    answers = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return collate([pair.prompt_ids for pair in pairs], answers, pad_id)
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged rows -> (ids [R, W] int64, mask [R, W] bool)."""
     width = max(1, *(len(row) for row in rows)) if rows else 1

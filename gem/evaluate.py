@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gem.data import TokenizedPair, collate
+from gem.data import TokenizedPair
 from gem.filtering import ScoredRollout, Scoring, score_rollout
 from gem.measures import (
     Calibration,
@@ -24,7 +24,7 @@ from gem.measures import (
     mean_estimate,
     share_estimate,
 )
-from gem.policy import completion_stats
+from gem.policy import pair_logprobs
 from gem.progress import Progress, progress
 from gem.rollout import Sampling, roll_out
 from gem.spans import AnswerFinder, answers_match
@@ -122,7 +122,7 @@ def evaluate(
     sampled = pairs[:num_sample]
     answers = candidates = outcomes = None
     with progress(console, f"Evaluation {name}", len(pairs) + len(problems) + 2 * len(sampled)) as bar:
-        logprobs = implicit_rewards(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=batch_size, progress=bar)
+        logprobs = pair_logprobs(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=batch_size, progress=bar)
         rewards = reward_differences(logprobs, pairs, reference)
         prompts = [pair.prompt_ids for pair in pairs]
         preferences = {kind: _preference(values, prompts, seed) for kind, values in rewards.items()}
@@ -206,7 +206,7 @@ def preference_accuracy(
     progress: Progress | None = None,
 ) -> PreferenceAccuracy:
     """How often the implicit reward prefers the chosen answer; `reduction` as in `reward_differences`."""
-    logprobs = implicit_rewards(model, pairs, pad_id=pad_id, batch_size=batch_size, progress=progress)
+    logprobs = pair_logprobs(model, pairs, pad_id=pad_id, batch_size=batch_size, progress=progress)
     return _preference(reward_differences(logprobs, pairs)[reduction], [pair.prompt_ids for pair in pairs], seed)
 
 
@@ -216,33 +216,6 @@ def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: i
     return PreferenceAccuracy(
         share.value, share.low, share.high, share.count, margin.value, margin.low, margin.high
     )
-
-
-@torch.no_grad()
-def implicit_rewards(
-    model: PreTrainedModel,
-    pairs: Sequence[TokenizedPair],
-    *,
-    pad_id: int,
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> Tensor:
-    """log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64, nats.
-
-    Both answers stand under the same prompt in the same batch.
-    """
-    model.eval()
-    # Pairs of like length together, so that little is padding; the rewards return in the order of `pairs`.
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].prompt_ids), len(pairs[i].chosen_ids)))
-    rewards = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        answers = [ids for i in part for ids in (pairs[i].chosen_ids, pairs[i].rejected_ids)]
-        batch = collate([pairs[i].prompt_ids for i in part], answers, pad_id)
-        rewards[part] = completion_stats(model, batch).logprobs.double().sum(1).cpu().view(-1, 2)
-        if progress is not None:
-            progress.advance(len(part))
-    return rewards
 
 
 def summarize(scored: ScoredRollout) -> CandidateScores:

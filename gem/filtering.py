@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gem import ranking
-from gem.policy import completion_stats
+from gem.policy import measured_stats
 from gem.progress import Progress
 from gem.rollout import Rollout
 from gem_kernels import EntropyScores, entropy_scores, group_advantages
@@ -72,7 +72,10 @@ def score_rollout(
     forward at all.
     """
     if rollout.entropy is None or rollout.logprobs is None:
-        logprobs, entropy = token_statistics(model, rollout, scoring.temperature, batch_size, progress)
+        stats = measured_stats(
+            model, rollout.batch, temperature=scoring.temperature, batch_size=batch_size, progress=progress
+        )
+        logprobs, entropy = stats.logprobs, stats.entropy
     else:
         logprobs, entropy = rollout.logprobs, rollout.entropy
         if progress is not None:
@@ -145,28 +148,6 @@ def ranking_metrics(scored: ScoredRollout) -> dict[str, float]:
     }
     row |= {f"gem/answer_span/{name}": rate for name, rate in scored.rollout.spans.hit_rates.items()}
     return {key: value for key, value in row.items() if not math.isnan(value)}
-
-
-@torch.no_grad()
-def token_statistics(
-    model: PreTrainedModel, rollout: Rollout, temperature: float, batch_size: int, progress: Progress | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprobs, entropy) of every candidate token, [B, T] fp32 on the CPU, zero under the padding."""
-    model.eval()
-    batch = rollout.batch
-    logprobs = torch.zeros(batch.completion_ids.shape)
-    entropy = torch.zeros(batch.completion_ids.shape)
-    num_prompts = len(batch.prompt_ids)
-    for start in range(0, num_prompts, batch_size):
-        stop = min(start + batch_size, num_prompts)
-        part = batch.select_prompts(start, stop)
-        stats = completion_stats(model, part, temperature=temperature)
-        rows = slice(start * batch.num_generations, stop * batch.num_generations)
-        logprobs[rows, : stats.logprobs.shape[1]] = stats.logprobs.cpu()
-        entropy[rows, : stats.entropy.shape[1]] = stats.entropy.cpu()
-        if progress is not None:
-            progress.advance(stop - start)
-    return logprobs, entropy
 
 
 def _scores(rollout: Rollout, entropy: torch.Tensor, scoring: Scoring) -> EntropyScores:

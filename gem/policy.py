@@ -26,7 +26,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from gem import distributed
-from gem.data import CompletionBatch
+from gem.data import CompletionBatch, TokenizedPair, collate_pairs
+from gem.progress import Progress
 from gem_kernels import (
     PolicyLossOutput,
     SegaOutput,
@@ -48,32 +49,76 @@ def completion_stats(
         hidden,
         head.weight,
         counted_targets(batch),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head_options(head),
         temperature=temperature,
     )
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: nn.Module, batch: CompletionBatch, *, temperature: float, batch_size: int, padding_free: bool = False
-) -> Tensor:
-    """Log-probs [B, T] fp32 on the CPU, without gradient, `batch_size` prompts a forward.
+def measured_stats(
+    model: nn.Module,
+    batch: CompletionBatch,
+    *,
+    temperature: float = 1.0,
+    batch_size: int,
+    padding_free: bool = False,
+    progress: Progress | None = None,
+) -> TokenStats:
+    """`completion_stats` [B, T] on the CPU, without gradient, `batch_size` prompts a forward.
 
     With several processes each runs its share of the prompts, and all get the whole.
     """
     model.eval()
     size, width = batch.num_generations, batch.completion_ids.shape[1]
     mine = distributed.share(range(len(batch.prompt_ids)))
-    groups: list[Tensor] = []
+    groups: list[Tensor] = []  # [2, G, T] of each prompt
     with distributed.gathered(model):
         for start in range(0, len(mine), batch_size):
             part, _ = select_groups(batch, mine[start : start + batch_size])
-            found = completion_stats(model, part, temperature=temperature, padding_free=padding_free).logprobs.cpu()
-            found = torch.nn.functional.pad(found, (0, width - found.shape[1]))
-            groups += found.view(-1, size, width).unbind(0)
-    return torch.cat(distributed.gather(groups))
+            stats = completion_stats(model, part, temperature=temperature, padding_free=padding_free)
+            found = torch.stack([stats.logprobs, stats.entropy]).cpu()
+            found = torch.nn.functional.pad(found, (0, width - found.shape[2]))
+            groups += found.view(2, -1, size, width).unbind(1)
+            advance(progress, len(part.prompt_ids))
+    return TokenStats(*torch.cat(distributed.gather(groups), 1).unbind(0))
+
+
+@torch.no_grad()
+def pair_logprobs(
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    *,
+    pad_id: int,
+    batch_size: int,
+    padding_free: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64 on the CPU, nats.
+
+    Without gradient. Both answers stand under the same prompt in the same batch. With several processes each runs its
+    share of the pairs, and all get the whole.
+    """
+    model.eval()
+    # Pairs of like length together, so that little is padding; the log-probs return in the order of `pairs`.
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].prompt_ids), len(pairs[i].chosen_ids)))
+    mine = distributed.share(order)
+    found: list[Tensor] = []
+    with distributed.gathered(model):
+        for start in range(0, len(mine), batch_size):
+            batch = collate_pairs([pairs[i] for i in mine[start : start + batch_size]], pad_id)
+            stats = completion_stats(model, batch, padding_free=padding_free)
+            found += stats.logprobs.double().sum(1).cpu().view(-1, 2).unbind(0)
+            advance(progress, len(batch.prompt_ids))
+    logprobs = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for place, row in zip(order, distributed.gather(found)):
+        logprobs[place] = row
+    return logprobs
+
+
+def advance(progress: Progress | None, done: int) -> None:
+    """Of work that the processes share: each does about as much as this one."""
+    if progress is not None:
+        progress.advance(min(done * distributed.world_size(), progress.total - progress.done))
 
 
 def completion_sega_loss(
@@ -96,9 +141,7 @@ def completion_sega_loss(
         hidden,
         head.weight,
         batch.completion_ids,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head_options(head),
         completion_mask=batch.completion_mask,
         advantages=advantages.to(device),
         valid=valid.to(device),
@@ -131,9 +174,7 @@ def completion_policy_loss(
         counted_targets(batch),
         token_loss,
         token_inputs={name: value.to(device) for name, value in token_inputs.items()},
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head_options(head),
         temperature=temperature,
     )
 
@@ -224,6 +265,11 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> torch.device:
     return inner_model(model).device
+
+
+def head_options(head: Head) -> dict[str, Any]:
+    """What a head is besides its weight, as the fused functions take it."""
+    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
 
 
 def counted_targets(batch: CompletionBatch) -> Tensor:

@@ -182,7 +182,3 @@ def best_and_worst(scores: Tensor, valid: Tensor) -> Tensor:
 def _median(values: Tensor) -> Tensor:
     """Median of each row's numbers (NaN left out), the mean of the two in the middle: [P, 1]."""
     return values.nanquantile(0.5, dim=1, keepdim=True)
-
-
-def _valid_mean(values: Tensor, valid: Tensor) -> Tensor:
-    return values.masked_fill(~valid, 0.0).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)

@@ -3,7 +3,7 @@
     reference = StartingPolicy(model)            # as the model stands now
     ...                                          # the model trains on
     with reference.active():
-        logprobs = completion_logprobs(model, batch, ...)
+        logprobs = measured_stats(model, batch, ...).logprobs
 
 Only what trains can have moved, so only that is kept: nothing under a LoRA adapter that changes nothing yet (it is
 disabled instead), the adapter where it has been trained before, all weights otherwise.

@@ -29,7 +29,7 @@ from transformers.generation import (
 
 from gem import distributed
 from gem.data import CompletionBatch, collate, pad_rows
-from gem.policy import forward, positions
+from gem.policy import advance, forward, positions
 from gem.progress import Progress
 from gem.spans import AnswerFinder, AnswerSpans, decode, find_answer_spans
 from gem_kernels import token_stats
@@ -121,11 +121,8 @@ def roll_out(
                 padded = pad_rows([prompts[i] for i in part], tokenizer.pad_token_id, left=True)
                 found = sample_tokens(model, *padded, sampling, end_token_ids, keys, stats_temperature)
             rows += [found[i : i + size] for i in range(0, len(found), size)]
-            if progress is not None:
-                progress.advance(len(part) if distributed.world_size() == 1 else 0)
+            advance(progress, len(part))
     flat = [row for group in distributed.gather(rows) for row in group]
-    if progress is not None and distributed.world_size() > 1:
-        progress.advance(len(prompts))
     return given_completions(
         tokenizer,
         prompts,
@@ -208,14 +205,15 @@ def sample_tokens(
         seen = torch.cat([prompt_ids[alive], ids[alive, :step]], 1) if sampling.repetition_penalty != 1.0 else None
         tokens = pick_tokens(logits, sampling, draws[alive, step], seen)
         ids[alive, step] = tokens
-        lengths[alive[~ended]] = step + 1
+        lengths[alive] = torch.where(ended, lengths[alive], step + 1)
         if statistics is not None:
             stats = token_stats(logits, tokens, temperature=stats_temperature)
             statistics[0, alive, step], statistics[1, alive, step] = stats.logprobs, stats.entropy
         ended = ended | torch.isin(tokens, ends)
-        if bool(ended.all()) or step + 1 == most:
+        left = int((~ended).sum())  # the one wait for the device a token
+        if left == 0 or step + 1 == most:
             break
-        if int((~ended).sum()) <= _KEEP_SHARE * len(alive):
+        if left <= _KEEP_SHARE * len(alive):
             keep = (~ended).nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             tokens, alive, mask, position, ended = (x[keep] for x in (tokens, alive, mask, position, ended))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from gem.config import TrainConfig
 from gem.data import TokenizedPair
 from gem.filtering import ScoredRollout, Scoring, score_rollout
 from gem.guards import Guards, fork_repetition
-from gem.policy import completion_logprobs
+from gem.policy import measured_stats, pair_logprobs
 from gem.reference import StartingPolicy
 from gem.reports import rollout_metrics, step_metrics
 from gem.rollout import Sampling, roll_out
@@ -30,7 +31,6 @@ from gem.update import (
     dpo_step,
     filtered_pairs,
     mean_kl,
-    pair_logprobs,
     sega_step,
     sft_step,
 )
@@ -48,7 +48,7 @@ class Taken:
     prompts: Sequence[Sequence[int]] = field(default=())
 
 
-class Stage:
+class Stage(ABC):
     """`num_steps` times `take_step`."""
 
     name: str
@@ -75,9 +75,9 @@ class Stage:
     def needs_reference(self) -> bool:
         return False
 
+    @abstractmethod
     def take_step(self, step: int) -> Taken:
         """Step number `step`, from 0."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Before the first step of all: the policy as it is now is the starting policy."""
@@ -138,13 +138,13 @@ class Stage:
             return None
         config = self.config
         with self.reference.active():
-            return completion_logprobs(
+            return measured_stats(
                 self.session.model,
                 scored.rollout.batch,
                 temperature=config.score_temperature,
                 batch_size=config.micro_batch_size,
                 padding_free=config.padding_free,
-            )
+            ).logprobs
 
     def batch(self, step: int) -> list[TokenizedPair]:
         return batch_at(self.session.train_pairs, self.config.prompts_per_step, self.config.seed + 1, step)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gem import distributed
-from gem.data import CompletionBatch, TokenizedPair, collate
+from gem.data import TokenizedPair, collate, collate_pairs
 from gem.filtering import ScoredRollout
 from gem.policy import (
-    completion_logprobs,
     completion_policy_loss,
     completion_sega_loss,
     completion_stats,
@@ -317,7 +316,7 @@ def dpo_step(
     """One step on the mean over pairs of -log sigma(dpo_beta * ((lc - lc_ref) - (lr - lr_ref))).
 
     l are log-probs of whole answers, nats; ref_logprobs [N, 2] (chosen, rejected) those of the starting policy, from
-    `pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
+    `gem.policy.pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
     """
     order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)))
     learning_rate = trainer.learning_rate
@@ -340,21 +339,6 @@ def dpo_step(
     return StepResult(
         outcome.loss, outcome.grad_norm, learning_rate, num_tokens, 2 * len(pairs), outcome.skipped, metrics
     )
-
-
-def pair_logprobs(
-    model: nn.Module, pairs: Sequence[TokenizedPair], *, pad_id: int, batch_size: int, padding_free: bool = False
-) -> Tensor:
-    """log p(answer | prompt) of chosen and rejected, [N, 2] fp32 on the CPU, nats, without gradient; everywhere."""
-    batch = collate_pairs(pairs, pad_id)
-    logprobs = completion_logprobs(model, batch, temperature=1.0, batch_size=batch_size, padding_free=padding_free)
-    return logprobs.sum(1).view(-1, 2)
-
-
-def collate_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> CompletionBatch:
-    """Pairs as prompts with two completions each: chosen, rejected."""
-    answers = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return collate([pair.prompt_ids for pair in pairs], answers, pad_id)
 
 
 def filtered_pairs(scored: ScoredRollout) -> list[TokenizedPair]:

@@ -45,7 +45,7 @@ class Head:
     shards: vocab_parallel.Shards | None = None
     """Where `weight` is one shard of several. Then `ignore_index` is that of local targets."""
     active_vocab: float | None = None
-    """Of the backward products: see active_vocab.py. Set by `with_active_vocab`."""
+    """Of the backward products: see active_vocab.py."""
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -97,36 +97,16 @@ class TokenRows:
 
 
 def check_head(
-    hidden,
-    weight,
-    targets,
-    bias,
-    temperature,
-    softcap,
-    logit_scale,
-    ignore_index,
-    logits_dtype,
-    workspace_bytes,
-    backend,
-    process_group=None,
-    vocab_starts=None,
-) -> tuple[Head, float, Tensor | None]:
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+    backend, process_group=None, vocab_starts=None, active_vocab=None,
+) -> tuple[Head, float, Tensor | None]:  # fmt: skip
     """-> the head, and the temperature of the unscaled product: a number, or one for each row."""
     sharded = vocab_parallel.check_group(process_group, vocab_starts) > 1
     try:
         head, number, rows = _check_own(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            softcap,
-            logit_scale,
-            ignore_index,
-            logits_dtype,
-            workspace_bytes,
-            backend,
-        )
+            hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype,
+            workspace_bytes, backend,
+        )  # fmt: skip
     except ValueError:
         if sharded:
             vocab_parallel.meet(process_group, vocab_starts, None, targets, ignore_index)
@@ -141,22 +121,14 @@ def check_head(
     elif vocab_starts is not None and vocab_starts[1] != V:
         arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", vocab_starts)
     check_values(targets, rows, ignore_index, V)
+    head = replace(head, active_vocab=check_threshold(active_vocab, sharded))
     return head, number / logit_scale, None if rows is None else rows / logit_scale
 
 
 def _check_own(
-    hidden,
-    weight,
-    targets,
-    bias,
-    temperature,
-    softcap,
-    logit_scale,
-    ignore_index,
-    logits_dtype,
-    workspace_bytes,
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
     backend,
-) -> tuple[Head, float, Tensor | None]:
+) -> tuple[Head, float, Tensor | None]:  # fmt: skip
     """`check_head` of what this rank holds, but for the values inside tensors; the temperature as it was given."""
     arguments.check_tensor("hidden", hidden, dtypes=arguments.LOGIT_DTYPES)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
@@ -193,10 +165,6 @@ def _check_own(
         workspace_bytes,
     )
     return head, number, rows
-
-
-def with_active_vocab(head: Head, active_vocab: float | None) -> Head:
-    return replace(head, active_vocab=check_threshold(active_vocab, head.shards is not None))
 
 
 def token_rows(
@@ -501,19 +469,7 @@ def linear_token_stats(
         >>> loss = -out.logprobs.mean() - 0.01 * out.entropy.mean()
     """
     head, number, rows = check_head(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        logits_dtype,
-        workspace_bytes,
-        backend,
-        process_group,
-        vocab_starts,
-    )
-    head = with_active_vocab(head, active_vocab)
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, number, rows, head))

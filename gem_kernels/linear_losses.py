@@ -22,7 +22,6 @@ from .linear_head import (
     statistics,
     statistics_backward,
     token_rows,
-    with_active_vocab,
 )
 from .losses import check_loss, sequence_weights, token_counts, weighted_sum
 from .scores import counted_targets, entropy_scores, group_advantages
@@ -139,21 +138,9 @@ def fused_linear_policy_loss(
         >>> out.loss.backward()
     """
     head, number, taus = check_head(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        logits_dtype,
-        workspace_bytes,
-        backend,
-        process_group,
-        vocab_starts,
-    )
-    head = with_active_vocab(head, active_vocab)
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
     if not callable(token_loss):
         arguments.fail(
             "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
@@ -274,33 +261,14 @@ def fused_linear_sega_loss(
         arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
         targets = counted_targets(targets, completion_mask, ignore_index)
     head, number, taus = check_head(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        logits_dtype,
-        workspace_bytes,
-        backend,
-        process_group,
-        vocab_starts,
-    )
-    head = with_active_vocab(head, active_vocab)
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
     batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
     check_loss(
-        loss_type,
-        max_completion_length,
-        denominator,
-        advantages,
-        group_size,
-        answer_start,
-        no_answer,
-        batch.B,
+        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, batch.B,
         targets.device,
-    )
+    )  # fmt: skip
     if advantages is None and batch.B % group_size:
         arguments.fail("group_size", f"a divisor of the number of sequences, {batch.B}", group_size)
     rows = token_rows(hidden.detach(), targets, number, taus, head)
@@ -325,17 +293,9 @@ def fused_linear_sega_loss(
     scores = batch.scores(entropy)
     loss = _attach(hidden, weight, bias, loss, rows, gradients)
     return SegaOutput(
-        loss,
-        scores.score,
-        scores.final_entropy,
-        scores.fork_entropy,
-        scores.valid,
-        advantages,
-        logprobs,
-        entropy,
-        path,
-        **_reported(report),
-    )
+        loss, scores.score, scores.final_entropy, scores.fork_entropy, scores.valid, advantages, logprobs, entropy,
+        path, **_reported(report),
+    )  # fmt: skip
 
 
 class _Batch:

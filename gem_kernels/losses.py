@@ -137,15 +137,7 @@ def sega_loss(
     arguments.check_logits(logits, targets)
     B = arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
     check_loss(
-        loss_type,
-        max_completion_length,
-        denominator,
-        advantages,
-        group_size,
-        answer_start,
-        no_answer,
-        B,
-        logits.device,
+        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, logits.device
     )
     if answer_start is None:
         answer_start = torch.full((B,), -1, dtype=torch.int64, device=logits.device)
@@ -180,12 +172,6 @@ def sega_loss(
     # Ignored tokens have logprob 0 and gradient 0 already.
     weights = _per_token(-advantages * weights, targets, completion_mask, cu_seqlens)
     return SegaOutput(
-        weighted_sum(weights, stats.logprobs),
-        scores.score,
-        scores.final_entropy,
-        scores.fork_entropy,
-        scores.valid,
-        advantages,
-        stats.logprobs.detach(),
-        entropy,
-    )
+        weighted_sum(weights, stats.logprobs), scores.score, scores.final_entropy, scores.fork_entropy, scores.valid,
+        advantages, stats.logprobs.detach(), entropy,
+    )  # fmt: skip

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from gem import evaluate as evaluation
 from gem.data import TokenizedPair
-from gem.evaluate import evaluate, implicit_rewards, preference_accuracy, reward_differences, sampled_answers
+from gem.evaluate import evaluate, preference_accuracy, reward_differences, sampled_answers
 from gem.filtering import Scoring, rank_candidates
 from gem.measures import wilson_interval
+from gem.policy import pair_logprobs
 from gem.rollout import Sampling, given_completions
 
 TOKENIZER = tiny_tokenizer()
@@ -37,7 +38,7 @@ def alone(prompt_ids, answer_ids):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_rewards_are_log_probs_of_whole_answers_in_the_order_of_the_pairs(batch_size):
-    rewards = implicit_rewards(MODEL, PAIRS, pad_id=0, batch_size=batch_size)
+    rewards = pair_logprobs(MODEL, PAIRS, pad_id=0, batch_size=batch_size)
     for row, one in zip(rewards.tolist(), PAIRS):
         for value, ids in zip(row, (one.chosen_ids, one.rejected_ids)):
             assert value == pytest.approx(alone(one.prompt_ids, ids), rel=1e-4)

@@ -99,7 +99,7 @@ def test_recorded_statistics_replace_the_forward(monkeypatch):
     model, rollout = tiny_model(), rollout_of(*TEXTS)
     scored = score_rollout(model, rollout, Scoring(), batch_size=1)
     recorded = dataclasses.replace(rollout, logprobs=scored.logprobs, entropy=scored.entropy)
-    monkeypatch.setattr(filtering, "completion_stats", None)  # calling the model now fails
+    monkeypatch.setattr(filtering, "measured_stats", None)  # calling the model now fails
     again = score_rollout(model, recorded, Scoring(), batch_size=1)
     assert torch.equal(again.scores.score, scored.scores.score) and again.entropy is recorded.entropy
     with pytest.raises(TypeError):

@@ -12,7 +12,7 @@ from test_gem_update import END, TOKENIZER, Recorder, encode, rollout_of
 from gem.adapters import Lora, add_lora
 from gem.data import TokenizedPair
 from gem.filtering import Scoring, score_rollout
-from gem.policy import completion_logprobs, completion_stats
+from gem.policy import completion_stats, measured_stats, pair_logprobs
 from gem.reference import StartingPolicy
 from gem.rollout import given_completions
 from gem.trainer import Trainer
@@ -24,7 +24,6 @@ from gem.update import (
     filtered_pairs,
     k3,
     mean_kl,
-    pair_logprobs,
     sega_step,
 )
 
@@ -165,7 +164,7 @@ def test_kl_runs_groups_without_advantages_and_needs_the_start():
     result = sega_step(trainer, scored, SegaUpdate(beta=0.1), ref_logprobs=ref)
     assert result.num_sequences == 12 and trainer.gradient.norm() > 0
     mask = scored.rollout.batch.completion_mask
-    now = completion_logprobs(model, scored.rollout.batch, temperature=1.0, batch_size=4)
+    now = measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
     assert result.metrics["kl"] == pytest.approx(float(k3(now.double(), ref.double())[mask].mean()), rel=1e-4)
     assert mean_kl(scored, ref) == pytest.approx(
         float(k3(scored.logprobs.double(), ref.double())[mask].mean()), rel=1e-6
@@ -296,7 +295,7 @@ def test_the_starting_policy_is_kept(kind):
         trained(model, scored)
 
     def logprobs(model):
-        return completion_logprobs(model, batch, temperature=1.0, batch_size=4)
+        return measured_stats(model, batch, temperature=1.0, batch_size=4).logprobs
 
     start = logprobs(model)
     reference = StartingPolicy(model)
@@ -324,20 +323,20 @@ def test_lora_sega_step_moves_the_adapter_alone():
     torch.manual_seed(0)
     model = add_lora(tiny_model(), Lora(r=4))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    before = completion_logprobs(model, scored.rollout.batch, temperature=1.0, batch_size=4)
+    before = measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
     trainer = Trainer(model, CPU, learning_rate=1e-2, total_steps=9)
     reference = StartingPolicy(model)
     for _ in range(3):
         with reference.active() as policy:
-            ref = completion_logprobs(policy, scored.rollout.batch, temperature=1.0, batch_size=4)
+            ref = measured_stats(policy, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
         assert torch.equal(ref, before)
         sega_step(trainer, scored, SegaUpdate(beta=0.1, num_iterations=2, epsilon=0.2), ref_logprobs=ref)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    change = (completion_logprobs(model, scored.rollout.batch, temperature=1.0, batch_size=4) - before).sum(1)
+    change = (measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs - before).sum(1)
     assert float((change * scored.advantages).sum()) > 0
 
 
-def test_completion_logprobs_are_the_statistics_unpadded():
+def test_measured_statistics_are_the_statistics_unpadded():
     rollout = given_completions(
         TOKENIZER, [encode("q"), encode("a longer question")], [(*encode("x"), END), (*encode("long answer"), END)] * 2,
         end_token_ids=[END], marker="Final Answer:",
@@ -345,7 +344,7 @@ def test_completion_logprobs_are_the_statistics_unpadded():
     model = tiny_model()
     whole = completion_stats(model, rollout.batch).logprobs
     for size in (1, 2):
-        found = completion_logprobs(model, rollout.batch, temperature=1.0, batch_size=size)
+        found = measured_stats(model, rollout.batch, temperature=1.0, batch_size=size).logprobs
         torch.testing.assert_close(found, whole.detach(), rtol=1e-4, atol=1e-4)
         assert bool((found[~rollout.batch.completion_mask] == 0).all())
 
