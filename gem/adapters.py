@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gem import distributed
 from gem.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -78,13 +79,12 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def is_untouched(model: nn.Module) -> bool:
-    """True where the adapter changes nothing yet: every B is zero, nothing else trains. A collective under FSDP2."""
+    """True where the adapter changes nothing yet: every B is zero, nothing else trains. A collective if sharded."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
             if "lora_B" not in name:
                 return False
-            largest = parameter.detach().abs().max()
-            if float(largest.full_tensor() if hasattr(largest, "full_tensor") else largest) != 0:
+            if bool(distributed.whole_tensor(parameter).any()):
                 return False
     return True
 

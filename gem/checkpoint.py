@@ -164,7 +164,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> whole tensor on the CPU of every parameter that is trained. Under FSDP2 a collective."""
+    """Name -> whole tensor on the CPU of every parameter that is trained. A collective where they are sharded."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -178,7 +178,7 @@ def restore_parameters(model: nn.Module, parameters: dict[str, torch.Tensor]) ->
         odd = sorted(trained.keys() ^ parameters.keys())
         raise UserError(f"resume: the checkpoint holds other parameters than the model: {', '.join(odd[:3])}")
     for name, parameter in trained.items():
-        distributed.copy_into(parameter, parameters[name])
+        distributed.set_parameter(parameter, parameters[name])
 
 
 def random_state() -> dict[str, Any]:

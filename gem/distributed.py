@@ -7,7 +7,8 @@ average and nothing that depends on how many processes there are. `accelerate la
 
 Data parallel (a whole model in each process) needs no wrapper: the gradient is a sum, which `Trainer.step` takes over
 the processes before the step. DistributedDataParallel would reduce it from hooks of each backward, and would have to
-know which micro-batch is the last. FSDP2 shards the parameters and reduces in its own backward.
+know which micro-batch is the last. FSDP2 shards the parameters and reduces in its own backward, and so does
+DeepSpeed's ZeRO (gem.zero).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gem import zero
 from gem.errors import UserError
 
 Item = TypeVar("Item")
@@ -79,9 +81,13 @@ def shut_down() -> None:
 
 def make_accelerator(device: str = "auto") -> Accelerator:
     """accelerate's view of how this process was launched; `device` "cpu" keeps it off the accelerators."""
+    if zero.is_asked_for():
+        if device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # with accelerate's own flag it would be no DeepSpeed
+        if not zero.is_installed():
+            raise UserError("accelerate: deepspeed is not installed: pip install deepspeed, or launch without it")
+        return Accelerator()
     accelerator = Accelerator(cpu=device == "cpu")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError("accelerate: DeepSpeed is not supported; shard with --use_fsdp --fsdp_version 2 instead")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate: FSDP version 1 is not supported; launch with --fsdp_version 2")
     if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.FSDP:
@@ -89,8 +95,11 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     return accelerator
 
 
-def prepare_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model as every process trains it: the same weights everywhere, or, under FSDP2, its shard of them."""
+def prepare_model(model: nn.Module, accelerator: Accelerator, max_grad_norm: float) -> nn.Module:
+    """The model as every process trains it: the same weights everywhere, or, if sharded, its share of them."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.prepare(model, accelerator, max_grad_norm)
+        return model
     if world_size() == 1:
         return model
     for tensor in (*model.parameters(), *model.buffers()):
@@ -113,18 +122,20 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """True where no process has the whole weights."""
+    return zero.is_partitioned(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within, forward passes without gradient need no other process: under FSDP2 the parameters are whole everywhere.
+    """Within, forward passes without gradient need no other process: sharded parameters are whole everywhere.
 
     Sampling needs it, as the processes' rows end at different tokens; it costs the memory of the whole weights.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not shards:
-        yield
+        with zero.gathered(model):
+            yield
         return
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -138,18 +149,36 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a parameter that may be sharded, detached; a collective under FSDP2."""
+    """All of a parameter that may be sharded, detached; a collective under FSDP2 and ZeRO."""
+    if zero.is_part(tensor):
+        return zero.whole_tensor(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, value: Tensor) -> None:
-    """`parameter` becomes the whole tensor `value`, this process's shard of it under FSDP2."""
+    """`parameter` becomes the whole tensor `value`, this process's shard of it under FSDP2 and ZeRO."""
     value = value.to(parameter.device, parameter.dtype)
+    if zero.is_part(parameter):
+        zero.copy_into(parameter, value)
+        return
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """`copy_into`, for the optimizer too: ZeRO's has weights of its own, which would win at its next step."""
+    copy_into(parameter, value)
+    zero.set_master(parameter, value)
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, to be read and written in place."""
+    if zero.is_part(parameter):
+        return zero.local_part(parameter)
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
 
 
 def _wire_device() -> torch.device:

@@ -9,7 +9,7 @@ that cannot be (gradient checkpointing, sharded parameters under gradients, G = 
 completion are joined into one row, with the same numbers. `padding_free` puts those rows into a single one, without
 padding, told apart by their positions; it is for flash-attn, which then does no more than each sequence needs.
 
-A model may be bare, under peft, sharded by FSDP2 or within DistributedDataParallel.
+A model may be bare, under peft, sharded by FSDP2, under DeepSpeed's ZeRO or within DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from gem import distributed
+from gem import distributed, zero
 from gem.data import CompletionBatch, TokenizedPair, collate_pairs
 from gem.progress import Progress
 from gem_kernels import (
@@ -44,14 +43,13 @@ def completion_stats(
 ) -> TokenStats:
     """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
     batch = on_device(batch, device_of(model))
-    hidden, head = completion_hidden(model, batch, padding_free)
-    return linear_token_stats(
-        hidden,
-        head.weight,
-        counted_targets(batch),
-        **head_options(head),
-        temperature=temperature,
-    )
+
+    def compute() -> TokenStats:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        targets = counted_targets(batch)
+        return linear_token_stats(hidden, head.weight, targets, **head_options(head), temperature=temperature)
+
+    return zero.forward(model, compute)
 
 
 @torch.no_grad()
@@ -118,7 +116,7 @@ def pair_logprobs(
 def advance(progress: Progress | None, done: int) -> None:
     """Of work that the processes share: each does about as much as this one."""
     if progress is not None:
-        progress.advance(min(done * distributed.world_size(), progress.total - progress.done))
+        progress.advance(done * distributed.world_size())
 
 
 def completion_sega_loss(
@@ -136,20 +134,24 @@ def completion_sega_loss(
     """The SEGA loss of a micro-batch, in one shot: advantages [B] and the whole step's `denominator` are given."""
     device = device_of(model)
     batch = on_device(batch, device)
-    hidden, head = completion_hidden(model, batch, padding_free)
-    return fused_linear_sega_loss(
-        hidden,
-        head.weight,
-        batch.completion_ids,
-        **head_options(head),
-        completion_mask=batch.completion_mask,
-        advantages=advantages.to(device),
-        valid=valid.to(device),
-        loss_type=loss_type,
-        max_completion_length=max_completion_length,
-        denominator=denominator,
-        temperature=temperature,
-    )
+
+    def compute() -> SegaOutput:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        return fused_linear_sega_loss(
+            hidden,
+            head.weight,
+            batch.completion_ids,
+            **head_options(head),
+            completion_mask=batch.completion_mask,
+            advantages=advantages.to(device),
+            valid=valid.to(device),
+            loss_type=loss_type,
+            max_completion_length=max_completion_length,
+            denominator=denominator,
+            temperature=temperature,
+        )
+
+    return zero.forward(model, compute)
 
 
 def completion_policy_loss(
@@ -167,16 +169,20 @@ def completion_policy_loss(
     """
     device = device_of(model)
     batch = on_device(batch, device)
-    hidden, head = completion_hidden(model, batch, padding_free)
-    return fused_linear_policy_loss(
-        hidden,
-        head.weight,
-        counted_targets(batch),
-        token_loss,
-        token_inputs={name: value.to(device) for name, value in token_inputs.items()},
-        **head_options(head),
-        temperature=temperature,
-    )
+
+    def compute() -> PolicyLossOutput:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        return fused_linear_policy_loss(
+            hidden,
+            head.weight,
+            counted_targets(batch),
+            token_loss,
+            token_inputs={name: value.to(device) for name, value in token_inputs.items()},
+            **head_options(head),
+            temperature=temperature,
+        )
+
+    return zero.forward(model, compute)
 
 
 def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bool = False) -> tuple[Tensor, Head]:
@@ -234,8 +240,8 @@ def can_share_prompt(model: nn.Module) -> bool:
     model = inner_model(model)
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
-    # FSDP2 gathers a layer for backward when a gradient reaches its output; the prompt's comes through the cache.
-    if torch.is_grad_enabled() and any(isinstance(module, FSDPModule) for module in model.modules()):
+    # A sharded layer is gathered for backward when a gradient reaches its output; the prompt's comes through the cache.
+    if torch.is_grad_enabled() and distributed.is_sharded(model):
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)

@@ -25,7 +25,7 @@ class Progress:
         self.task = None if bar is None else bar.add_task(what, total=total, words="")
 
     def advance(self, parts: int = 1) -> None:
-        self.done += parts
+        self.done = min(self.done + parts, self.total)  # processes that share the work count in multiples
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done)
         elif time.monotonic() - self.last_line > _LINE_SECONDS and self.done < self.total:

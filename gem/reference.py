@@ -17,9 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from gem import distributed
+from gem import distributed, zero
 from gem.adapters import is_adapted, is_untouched
 from gem.policy import inner_model
 
@@ -31,7 +30,7 @@ class StartingPolicy:
         self.model = inner_model(model)
         self.kept: dict[str, Tensor] = {}
         if not (is_adapted(self.model) and is_untouched(self.model)):
-            self.kept = {name: p.detach().clone() for name, p in self._trained()}
+            self.kept = {name: distributed.local_part(p).clone() for name, p in self._trained()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -48,33 +47,42 @@ class StartingPolicy:
             self._exchange()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is kept, whole and on the CPU; empty where the adapter is disabled. A collective under FSDP2."""
-        return {name: distributed.whole_tensor(value).cpu() for name, value in self.kept.items()}
+        """What is kept, whole and on the CPU; empty where the adapter is disabled. A collective if sharded."""
+        if not self.kept:
+            return {}
+        self._exchange()
+        try:
+            return {name: distributed.whole_tensor(p).cpu().clone() for name, p in self._trained()}
+        finally:
+            self._exchange()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Becomes the starting policy that `state_dict` was taken from, whatever the model is now."""
-        self.kept = {name: p.detach().clone() for name, p in self._trained() if name in state}
-        if set(self.kept) != set(state):
+        parameters = dict(self._trained())
+        if not set(state) <= set(parameters):
             raise ValueError(
-                f"state: expected the weights of this model, got also {sorted(set(state) - set(self.kept))}"
+                f"state: expected the weights of this model, got also {sorted(set(state) - set(parameters))}"
             )
+        self.kept = {name: distributed.local_part(parameters[name]).clone() for name in state}
         for name, value in state.items():
-            distributed.copy_into(self.kept[name], value)
+            distributed.copy_into(parameters[name], value)
+        self._exchange()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Swaps the weights with the kept ones: pointers, or, where FSDP2 holds views of a shard, what they hold."""
+        """Swaps the weights with the kept ones: pointers, or, where FSDP2 or ZeRO hold views, what they hold."""
         parameters = dict(self._trained())
+        in_place = distributed.is_sharded(self.model) or zero.engine_of(self.model) is not None
         for name, kept in self.kept.items():
             parameter = parameters[name]
-            if isinstance(parameter, DTensor):
-                here, there = parameter.to_local(), kept.to_local()
+            if in_place:
+                here = distributed.local_part(parameter)
                 now = here.clone()
-                here.copy_(there)
-                there.copy_(now)
+                here.copy_(kept)
+                kept.copy_(now)
             else:
                 parameter.data, self.kept[name] = kept, parameter.data
         for module in self.model.modules():

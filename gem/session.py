@@ -80,7 +80,7 @@ def prepare(
     set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
     whole = load_model_for_training(source, model_config, config)
     end_tokens = end_token_ids(whole, tokenizer, form.end_of_turn)
-    model = distributed.prepare_model(whole, accelerator)
+    model = distributed.prepare_model(whole, accelerator, config.max_grad_norm)
     set_seed(config.seed + distributed.rank())
     if resume:
         progress, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), console)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gem import checkpoint, distributed
+from gem import checkpoint, distributed, zero
 from gem.config import TrainConfig
 from gem.data import TokenizedPair
 from gem.filtering import ScoredRollout, Scoring, score_rollout
@@ -34,6 +34,7 @@ from gem.update import (
     sega_step,
     sft_step,
 )
+from gem.zero_trainer import ZeroTrainer
 
 _STARTING_POLICY = "starting-policy"
 
@@ -60,7 +61,8 @@ class Stage(ABC):
         self.scoring = scoring(config)
         self.guards = Guards(config)
         self.reference: StartingPolicy | None = None
-        self.trainer = Trainer(
+        kind = Trainer if zero.engine_of(session.model) is None else ZeroTrainer
+        self.trainer = kind(
             session.model,
             session.accelerator,
             learning_rate=learning_rate,

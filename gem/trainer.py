@@ -64,18 +64,19 @@ class Trainer:
         self.accelerator = accelerator
         self.max_grad_norm = max_grad_norm
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = [_master(p) for p in self.trained]  # what the optimizer moves
         self._sharded = distributed.is_sharded(model)
-        # On the CPU the fused AdamW takes a seventh of the plain one's time: it passes over the weights once.
-        fused = not self._sharded and all(p.device.type == "cpu" for p in self.parameters)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused or None
-        )
+        self.optimizer = self._make_optimizer(weight_decay)
         self.base_rate = learning_rate
         self.schedule = (total_steps, warmup_steps, lr_schedule)
         self.num_steps = 0
         self.bad_steps = 0  # skipped ones in a row
         self._loss: Tensor | None = None
+
+    def _make_optimizer(self, weight_decay: float) -> torch.optim.Optimizer:
+        self.parameters = [_master(p) for p in self.trained]  # what the optimizer moves
+        # On the CPU the fused AdamW takes a seventh of the plain one's time: it passes over the weights once.
+        fused = not self._sharded and all(p.device.type == "cpu" for p in self.parameters)
+        return torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=fused or None)
 
     @property
     def learning_rate(self) -> float:
@@ -103,8 +104,7 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a part of the step's loss."""
-        part = loss.detach().double()
-        self._loss = part if self._loss is None else self._loss + part
+        self._count(loss)
         if self._sharded:
             loss = loss * distributed.world_size()  # FSDP2 takes the mean over the processes
         loss.backward()
@@ -118,21 +118,17 @@ class Trainer:
         """Sums the gradient over the processes, clips it, takes the step and clears it."""
         if distributed.world_size() > 1 and not self._sharded:
             self._reduce_gradients()
-        loss = 0.0 if self._loss is None else self._loss.item()
-        loss, norm = distributed.sum_over_processes([loss])[0], self._clip()
+        loss, norm = self._summed_loss(), self._clip()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            self._set_rate(self.learning_rate)
             self._step_weights()
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss = None
-        self.num_steps += 1
-        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        self._finish(skipped)
         return StepOutcome(loss, norm, skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and master weights (whole, on the CPU) and counts: tensors and numbers. A collective under FSDP2."""
+        """Moments and master weights (whole, on the CPU) and counts: tensors and numbers. A collective if sharded."""
         moments = []
         for parameter in self.parameters:
             state = self.optimizer.state.get(parameter, {})
@@ -153,6 +149,23 @@ class Trainer:
         for (_, master), saved in zip(self._masters(), state["masters"], strict=True):
             distributed.copy_into(master, saved)
         self.num_steps, self.bad_steps = state["num_steps"], state["bad_steps"]
+
+    def _count(self, loss: Tensor) -> None:
+        part = loss.detach().double()
+        self._loss = part if self._loss is None else self._loss + part
+
+    def _summed_loss(self) -> float:
+        """Of the micro-batches of all processes."""
+        return distributed.sum_over_processes([0.0 if self._loss is None else self._loss.item()])[0]
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _finish(self, skipped: bool) -> None:
+        self._loss = None
+        self.num_steps += 1
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
 
     def _masters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters of 16 bits, each with its master weight."""

@@ -10,7 +10,7 @@ import gem_kernels
 TREE = """
     errors progress settings config
     arithmetic rows spans data
-    distributed adapters model trainer checkpoint
+    zero distributed adapters model trainer zero_trainer checkpoint
     policy reference rollout vllm ranking filtering
     update measures evaluate guards
     tracking reports session stages safeguards train
