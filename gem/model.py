@@ -197,6 +197,20 @@ def check_padding_free(settings: TrainConfig, device: str) -> None:
         )
 
 
+def check_4bit(device: str) -> None:
+    """Raises unless bitsandbytes is there and has kernels for the device."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit: needs bitsandbytes: pip install bitsandbytes, or leave load_in_4bit out")
+    import bitsandbytes
+
+    supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    if torch.device(device).type not in supported:
+        raise UserError(
+            f"load_in_4bit: bitsandbytes has no kernels for {device}, only for {', '.join(sorted(supported))}: "
+            "set device, or leave load_in_4bit out"
+        )
+
+
 def check_liger(config: PreTrainedConfig, device: str) -> None:
     """Raises unless Liger's layers can run, and exist for this architecture."""
     if not device.startswith("cuda") or importlib.util.find_spec("liger_kernel") is None:
@@ -233,7 +247,10 @@ def save_pretrained(
     with _QuietTransformers():
         if weights is not None:
             model.save_pretrained(directory, state_dict=weights)
-        elif is_adapted(model) and not _can_reopen(model.peft_config["default"].base_model_name_or_path):
+        elif is_adapted(model) and not (
+            getattr(model, "is_loaded_in_4bit", False)  # whole weights are not there to be saved
+            or _can_reopen(model.peft_config["default"].base_model_name_or_path)
+        ):
             model.get_base_model().save_pretrained(directory, state_dict=merged_state_dict(model))
         else:
             model.save_pretrained(directory)
@@ -247,10 +264,7 @@ def _can_reopen(base_model: str) -> bool:
 
 def _load_in_4bit(source: ModelSource, config: PreTrainedConfig, settings: TrainConfig, device: str) -> PreTrainedModel:
     """Linear layers in 4 bits (NF4, double quantization, as QLoRA), the head and the rest in bfloat16."""
-    if not device.startswith("cuda") or importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "load_in_4bit: needs a CUDA device and bitsandbytes: pip install bitsandbytes, or leave load_in_4bit out"
-        )
+    check_4bit(device)
     if source.gguf_file:
         raise UserError("load_in_4bit: a GGUF file cannot be quantized again: give a directory or a hub id")
     from transformers import BitsAndBytesConfig
@@ -274,9 +288,29 @@ def _load_in_4bit(source: ModelSource, config: PreTrainedConfig, settings: Train
             device_map={"": device},
             use_safetensors=True,
         )
+    if device.startswith("cpu"):
+        _make_4bit_safe_on_cpu(model)
     if settings.use_liger_kernel:
         _apply_liger(model)
     return model
+
+
+def _make_4bit_safe_on_cpu(model: PreTrainedModel) -> None:
+    """Around two errors of bitsandbytes on the CPU, as of its version 0.50.2."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        # With AVX512-BF16 a layer's first forward in eval mode changes its weight to a layout whose product has no
+        # gradient, for good: after one evaluation the layers below it would get a wrong one in silence.
+        module.support_avx512bf16_for_cpu = False
+        block = module.weight.quant_state.blocksize
+        if module.in_features % block:  # it would decode them with the scales of other rows
+            raise UserError(
+                f"load_in_4bit: on a CPU bitsandbytes decodes rows of a multiple of {block} weights only, and {name} "
+                f"has {module.in_features}: leave load_in_4bit out, or use a GPU"
+            )
 
 
 def _apply_liger(model: PreTrainedModel) -> None:

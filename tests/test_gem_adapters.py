@@ -1,17 +1,23 @@
-"""LoRA: what trains, what is saved and how it opens again; settings that cannot be had are one clear line."""
+"""LoRA and QLoRA: what trains, what is saved and how it opens again; settings that cannot be had are one clear line."""
 
 import dataclasses
+import io
 import json
+import shutil
 
 import pytest
 import torch
 from gem_tiny import save_tiny, tiny_model, tiny_tokenizer
 from peft import AutoPeftModelForCausalLM
+from rich.console import Console
 from test_gem_model import write_gguf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gem import checkpoint
 from gem.adapters import Lora, add_lora, is_adapted, is_untouched, merged_state_dict
+from gem.arithmetic import arithmetic_pairs
 from gem.config import build_config
+from gem.data import write_jsonl
 from gem.errors import UserError
 from gem.model import (
     find_attention,
@@ -22,6 +28,7 @@ from gem.model import (
     load_tokenizer,
     save_pretrained,
 )
+from gem.train import train
 
 IDS = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
 
@@ -133,7 +140,6 @@ def test_foreign_adapters_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"load_in_4bit": True, "use_peft": True}, "load_in_4bit: needs a CUDA device and bitsandbytes"),
         ({"use_liger_kernel": True}, "use_liger_kernel: needs a CUDA device and liger-kernel"),
         ({"padding_free": True}, "padding_free: .*flash-attn"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 needs"),
@@ -148,6 +154,152 @@ def test_what_cannot_be_had_is_one_line(values, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         load_model_for_training(source, load_config(source), settings(**values))
     assert "\n" not in str(error.value)
+
+
+QLORA = {"use_peft": True, "load_in_4bit": True, "lora_r": 4}
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """bitsandbytes as on a CPU with AVX512-BF16, which has a layout of its own for inference."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if "cpu" not in getattr(bitsandbytes, "supported_torch_devices", ()):
+        pytest.skip("this bitsandbytes has no CPU kernels")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    return bitsandbytes
+
+
+def save_wide(directory):
+    """The tiny model with rows of 64 and 128 weights, which the CPU kernels can decode; its head is tied."""
+    save_tiny(directory)
+    config = LlamaConfig.from_pretrained(directory, hidden_size=64, intermediate_size=128, head_dim=16)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def packed_weights(model):
+    """The layers in 4 bits by the names of their modules under peft."""
+    layers = {name.removesuffix(".base_layer"): m for name, m in model.named_modules() if name.endswith(".base_layer")}
+    return {name: layer for name, layer in layers.items() if type(layer.weight).__name__ == "Params4bit"}
+
+
+def decoded(module):
+    """The weights that the 4 bits of a layer stand for, by NF4's table in plain torch."""
+    state = module.weight.quant_state
+    scales = state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+    packed = module.weight.data.flatten()
+    values = state.code[torch.stack([packed >> 4, packed & 15], 1).flatten().long()]
+    return (values.view(-1, state.blocksize) * (scales + state.offset)[:, None]).view(state.shape)
+
+
+def gradients(model):
+    """d log p(IDS) / d adapter, in training mode."""
+    model.train().zero_grad()
+    torch.nn.functional.cross_entropy(model(IDS[:, :-1]).logits[0].float(), IDS[0, 1:]).backward()
+    model.eval()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_4bit_model_computes_with_its_4bit_weights_before_and_after_an_evaluation(bitsandbytes, tmp_path):
+    source = find_model(str(save_wide(tmp_path / "base")))
+    model = disturbed(load_model_for_training(source, load_config(source), settings(**QLORA)))
+    packed = packed_weights(model)
+    assert len(packed) == 14 and {m.weight.dtype for m in packed.values()} == {torch.uint8}
+    assert {m.weight.quant_state.quant_type for m in packed.values()} == {"nf4"}
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained.values()) == {torch.float32} and all("lora_" in name for name in trained)
+
+    # The same in 16 bits, with the values that the 4 bits stand for: NF4's values are up to 0.152 of a block's largest
+    # weight away, and its scales are rounded in turn.
+    truth, plain = (
+        load_model_for_training(source, load_config(source), settings(use_peft=True, lora_r=4, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    for other in (truth, plain):
+        layers = dict(other.named_modules())
+        for name, module in packed.items():
+            original, weight = layers[name].base_layer.weight, decoded(module)
+            error, largest = (weight - original).abs().view(-1, 64), original.abs().view(-1, 64).amax(1, keepdim=True)
+            assert 0.1 < (error / largest).max() < 0.17
+            original.data = weight.to(original.dtype)
+        other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
+
+    first, before = gradients(model), {name: module.weight.data.clone() for name, module in packed.items()}
+    with torch.no_grad():
+        logits, expected, in_16_bits = (m(IDS).logits.float() for m in (model, truth, plain))
+    assert (logits - expected).norm() < 2 * (in_16_bits - expected).norm()
+    after = gradients(model)
+    assert first.keys() == after.keys() and all(torch.equal(first[name], after[name]) for name in first)
+    assert all(torch.equal(module.weight.data, before[name]) for name, module in packed.items())
+    expected, in_16_bits = gradients(truth), gradients(plain)
+    assert first.keys() == expected.keys() and len(first) == 28
+    for name, gradient in first.items():
+        assert (gradient - expected[name]).norm() < 2 * (in_16_bits[name] - expected[name]).norm(), name
+
+
+def test_a_4bit_run_trains_saves_and_continues_exactly(bitsandbytes, tmp_path):
+    save_wide(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", arithmetic_pairs(12))
+    paths = {"model": tmp_path / "model", "train_file": tmp_path / "pairs.jsonl", "output_dir": tmp_path / "run"}
+    config = settings(
+        num_generations=2, max_completion_length=6, max_steps=3, prompts_per_step=2, micro_batch_size=2, save_steps=2,
+        sft_batch_size=5, sft_learning_rate=1e-2, learning_rate=1e-3, eval_generate=1, eval_sample=1, beta=0.1,
+        num_iterations=2, epsilon=0.2, lora_dropout=0.1, **QLORA, **{name: str(path) for name, path in paths.items()},
+    )  # fmt: skip
+    run_dir, adapter = tmp_path / "run", tmp_path / "run" / "model" / "adapter_model.safetensors"
+
+    def metrics():
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in ("step_time", "eval/seconds")} for row in rows]
+
+    train(config, Console(file=io.StringIO()))
+    rows, weights = metrics(), adapter.read_bytes()
+    losses = [row["loss"] for row in rows if row["stage"] == "SFT"]
+    steps = [row for row in rows if row["stage"] == "SEGA"]
+    assert losses[-1] < losses[0] and len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
+    assert steps[0]["kl"] == 0 and steps[-1]["kl"] > 0  # from the starting policy: the adapter after SFT
+
+    shutil.rmtree(checkpoint.checkpoints(run_dir)[-1])  # as if it had been cut off after the one before
+    shutil.rmtree(run_dir / "model")
+    train(config, Console(file=io.StringIO()), resume=True)
+    assert metrics() == rows and adapter.read_bytes() == weights
+    assert not (run_dir / "model" / "model.safetensors").exists()
+
+    saved = find_model(str(run_dir / "model"))
+    again = load_model_for_training(saved, load_config(saved), config)
+    opened = AutoPeftModelForCausalLM.from_pretrained(run_dir / "model")
+    ours, theirs = (
+        {name: p for name, p in m.named_parameters() if "lora_" in name and p.abs().max() > 0} for m in (again, opened)
+    )
+    assert len(ours) == 28 and all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    assert torch.isfinite(load_model(saved, load_config(saved), device="cpu")(IDS).logits).all()
+    # Where the base is gone there are no whole weights to save in its place.
+    shutil.rmtree(tmp_path / "model")
+    save_pretrained(again, tiny_tokenizer(), tmp_path / "orphan")
+    assert (tmp_path / "orphan" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "orphan" / "model.safetensors").exists()
+
+
+def test_4bit_weights_need_bitsandbytes_a_device_of_its_and_no_gguf(monkeypatch, tmp_path):
+    source = find_model(str(save_tiny(tmp_path / "base")))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="load_in_4bit: needs bitsandbytes: pip"):
+        patch.setattr("importlib.util.find_spec", lambda name, *_: None)
+        load_model_for_training(source, load_config(source), settings(**QLORA))
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if "cpu" in getattr(bitsandbytes, "supported_torch_devices", ()):
+        with pytest.raises(UserError, match=r"load_in_4bit: .*multiple of 64 weights only, and model\..* has 32"):
+            load_model_for_training(source, load_config(source), settings(**QLORA))
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda", "xpu"}, raising=False)
+    with pytest.raises(UserError, match="load_in_4bit: bitsandbytes has no kernels for cpu, only for cuda, xpu"):
+        load_model_for_training(source, load_config(source), settings(**QLORA))
+    monkeypatch.undo()
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "gguf" / "tiny.gguf", tiny_model(), tiny_tokenizer())
+    source = find_model(str(tmp_path / "gguf"))
+    with pytest.raises(UserError, match="load_in_4bit: a GGUF file cannot be quantized again"):
+        load_model_for_training(source, load_config(source), settings(**QLORA))
 
 
 def test_attention_by_what_is_installed(tmp_path, monkeypatch):
