@@ -1,18 +1,21 @@
 """Where the numbers of a run go: metrics.jsonl always, TensorBoard, trackio and wandb on request, samples as a table.
 
 Only the main process writes. A run that is resumed cuts both JSONL files back to where its checkpoint left them, so
-that they hold every step once.
+that they hold every step once. What metrics.jsonl then holds is given to the services again, which a kill may have
+cost some of it: they end with the same numbers at the same steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib
 import importlib.util
 import json
 import math
 import os
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +36,7 @@ class Sink(Protocol):
 
     def write(self, values: dict[str, float], step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class JsonLines:
@@ -84,7 +87,7 @@ class Tracker:
         offsets: dict[str, int] | None = None,
         step: int = 0,
     ) -> None:
-        """offsets, step: of the checkpoint that the run continues from."""
+        """offsets, step: of the checkpoint that the run continues from; step counts all optimizer steps of the run."""
         self.console = console
         self.files: dict[str, JsonLines] = {}
         self.sinks: list[Sink] = []
@@ -92,7 +95,12 @@ class Tracker:
             return
         for name in (METRICS, COMPLETIONS) if config.log_completions_steps else (METRICS,):
             self.files[name] = JsonLines(run_dir / name, None if offsets is None else offsets.get(name, 0))
-        self.sinks = [_SINKS[name](config, run_dir, step if offsets else 0) for name in config.report_to]
+        before = [] if offsets is None else read_metrics(run_dir / METRICS, step)
+        for name in config.report_to:
+            sink = _open_sink(name, config, run_dir, resumed=offsets is not None)
+            self.sinks.append(sink)
+            for row, total_steps in before:
+                sink.write(numbers(row), total_steps)
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -106,12 +114,7 @@ class Tracker:
         if not self.files:
             return
         self.files[METRICS].write(row)
-        prefix = {"eval": "", "SFT": "sft/"}.get(row["stage"], "train/")
-        values = {
-            prefix + key: float(value)
-            for key, value in row.items()
-            if isinstance(value, int | float) and key not in ("step", "total_steps")
-        }
+        values = numbers(row)
         for sink in self.sinks:
             sink.write(values, total_steps)
 
@@ -124,9 +127,32 @@ class Tracker:
             self.files[COMPLETIONS].write(row)
         self.console.print(completion_table(rows[: 2 * scored.rollout.batch.num_generations], step))
 
-    def close(self) -> None:
-        for closable in (*self.files.values(), *self.sinks):
-            closable.close()
+    def close(self, failed: bool = False) -> None:
+        """failed: the run ended with an error, which wandb shows. A second call does nothing."""
+        for file in self.files.values():
+            file.close()
+        while self.sinks:
+            self.sinks.pop().close(failed)
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What a service gets of a row of metrics.jsonl, under its names there."""
+    prefix = {"eval": "", "SFT": "sft/"}.get(row["stage"], "train/")
+    return {
+        prefix + key: float(value)
+        for key, value in row.items()
+        if isinstance(value, int | float) and key not in ("step", "total_steps")
+    }
+
+
+def read_metrics(path: Path, last_step: int) -> list[tuple[dict[str, Any], int]]:
+    """The rows of metrics.jsonl, each with the optimizer steps of the run at that time, `last_step` at the end."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found, step = [], last_step
+    for row in reversed(rows):
+        found.append((row, step))
+        step -= row["stage"] not in ("eval", "guard")  # every other row is a step's
+    return found[::-1]
 
 
 def check_report_to(names: Sequence[str]) -> None:
@@ -178,56 +204,84 @@ def _short(text: str, most: int = 160) -> str:
 
 
 class _TensorBoard:
-    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was logged beyond the checkpoint is dropped when the files are read.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        if resumed:  # its files may lack the last two minutes before a kill, and hold steps that come again
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
-class _Service:
-    """trackio and wandb, which share this much of their interface."""
+class _Trackio:
+    """A run named as its directory in the project "gem". One that is resumed takes the place of what it was: what a
+    kill left of it may lack the last half second, and hold steps that come again."""
 
-    name: str
+    def __init__(self, config: TrainConfig, run_dir: Path, resumed: bool) -> None:
+        import trackio
 
-    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
-        self.module = importlib.import_module(self.name)
-        self.module.init(project="gem", name=run_dir.name, config=dataclasses.asdict(config), **self.options(run_dir))
-
-    def options(self, run_dir: Path) -> dict[str, Any]:
-        return {}
+        before = run_dir / "trackio_id"
+        if resumed and before.is_file():
+            with contextlib.suppress(ValueError):  # there is no such project on this machine
+                for run in trackio.Api().runs("gem"):
+                    if run.id == before.read_text():
+                        run.delete()
+        # The run itself, not the module's functions: those belong to the run that the process has opened last.
+        self.run = trackio.init(project="gem", name=run_dir.name, config=dataclasses.asdict(config))
+        before.write_text(self.run.id)
 
     def write(self, values: dict[str, float], step: int) -> None:
-        self.module.log(values, step=step)
+        self.run.log(values, step=step)
 
-    def close(self) -> None:
-        self.module.finish()
-
-
-class _Trackio(_Service):
-    name = "trackio"
-
-    def options(self, run_dir: Path) -> dict[str, Any]:
-        return {"resume": "allow"}
+    def close(self, failed: bool) -> None:
+        self.run.finish()
 
 
-class _Wandb(_Service):
-    name = "wandb"
+class _Wandb:
+    """A run in the project "gem". One that is resumed goes on under its id, behind the last step that the server has;
+    offline, where a kill may take back 15 seconds, it takes the place of what was not synced."""
 
-    def options(self, run_dir: Path) -> dict[str, Any]:
-        return {"dir": str(run_dir), "id": run_id(run_dir), "resume": "allow"}
+    def __init__(self, config: TrainConfig, run_dir: Path, resumed: bool) -> None:
+        import wandb
+
+        name, before = uuid.uuid4().hex[:16], run_dir / "wandb_id"
+        if resumed and before.is_file():
+            old = list((run_dir / "wandb").glob(f"offline-run-*-{before.read_text()}"))
+            if not any(list(path.glob("*.synced")) for path in old):  # else a second sync would repeat its steps
+                name = before.read_text()
+                for path in old:
+                    shutil.rmtree(path)
+        before.write_text(name)
+        self.run = wandb.init(
+            project="gem",
+            name=run_dir.name,
+            config=dataclasses.asdict(config),
+            dir=str(run_dir),
+            id=name,
+            resume="allow" if resumed else "never",
+            reinit="create_new",  # beside any other run that the process has open
+            settings=wandb.Settings(quiet=True),
+        )
+        self.first_step = self.run.step  # not 0 where the server has some
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        if step >= self.first_step:
+            self.run.log(values, step=step)
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
-def run_id(run_dir: Path) -> str:
-    """The same for a run that is resumed, another for every other directory."""
-    return hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest()
-
-
-_SINKS: dict[str, type] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+def _open_sink(name: str, config: TrainConfig, run_dir: Path, resumed: bool) -> Sink:
+    kind = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}[name]
+    try:
+        return kind(config, run_dir, resumed)
+    except Exception as error:  # no account, no server, a full disk: services fail in ways of their own
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"report_to: {name} cannot begin: {why}; set it up, or leave it out") from error

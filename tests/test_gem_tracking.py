@@ -2,9 +2,14 @@
 
 import io
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 from gem_tiny import save_tiny
 from rich.console import Console
 
@@ -13,7 +18,7 @@ from gem.arithmetic import arithmetic_pairs
 from gem.config import build_config
 from gem.data import write_jsonl
 from gem.errors import UserError
-from gem.tracking import JsonLines, check_report_to
+from gem.tracking import JsonLines, Tracker, check_report_to
 from gem.train import train
 from gem.trainer import Trainer
 
@@ -64,6 +69,160 @@ def test_samples_are_a_table_and_a_file(folder):
     assert all(row["score"] == pytest.approx(row["h_fork"] - row["h_final"], abs=1e-4) for row in rows)
     shown = console.file.getvalue()
     assert "Samples, step 2" in shown and "Samples, step 4" in shown and f"{rows[0]['score']:.3f}" in shown
+
+
+# `gem` in a process that reaches no other machine, and that ends at the third step: killed when the services
+# have had a second to write, or with an error of the user's.
+SCRIPT = """
+import os, signal, sys, time
+from gem import cli, tracking
+
+def no_network(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        os._exit(99)
+
+sys.addaudithook(no_network)
+end, write = sys.argv.pop(1), tracking.Tracker.write
+
+def ending(self, row, total_steps):
+    write(self, row, total_steps)
+    if row.get("step") == 3 and end == "killed":
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if row.get("step") == 3 and end == "failed":
+        raise tracking.UserError("enough")
+
+tracking.Tracker.write = ending
+cli.main()
+"""
+
+
+def gem_process(folder, end, name, service, *flags):
+    """`gem train` on two checkpoints of two steps each; its exit code and all that it printed."""
+    path = folder / f"{name}.yaml"
+    paths = {"model": folder / "model", "train_file": folder / "pairs.jsonl", "output_dir": folder / name}
+    more = {"report_to": [service], "save_steps": 2, "eval_steps": 2}
+    path.write_text(yaml.safe_dump({**RUN, **more, **{key: str(path) for key, path in paths.items()}}))
+    env = {**os.environ, "TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, end, "train", str(path), *flags]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    return done.returncode, done.stdout
+
+
+def read_tensorboard(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(e.step, name, e.value) for name in events.Tags()["scalars"] for e in events.Scalars(name)]
+
+
+def read_trackio(run_dir):
+    with sqlite3.connect(run_dir.parent / "trackio" / "gem.db") as database:
+        rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = ?", [run_dir.name]).fetchall()
+    return [(step, name, value) for step, row in rows for name, value in json.loads(row).items()]
+
+
+def wandb_records(run_dir):
+    """Of all offline files: records in blocks of 32 KiB, each part behind 4 bytes checksum, 2 length and 1 kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in (run_dir / "wandb").glob("offline-run-*/*.wandb"):
+        data, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                yield Record.FromString(whole)
+                whole = b""
+
+
+def read_wandb(run_dir):
+    found = []
+    for record in wandb_records(run_dir):
+        row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        found += [(row["_step"], name, value) for name, value in row.items() if name[0] != "_"]
+    return found
+
+
+def expected_values(run_dir):
+    """What metrics.jsonl holds, as a service should."""
+    found, step = [], 0
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        step = row.get("step", step)
+        names = {k: v for k, v in row.items() if k not in ("step", "stage", "after") and v is not None}
+        found += [(step, ("train/" if row["stage"] == "SEGA" else "") + name, v) for name, v in names.items()]
+    return found
+
+
+@pytest.mark.parametrize("service", ["tensorboard", "trackio", "wandb"])
+def test_a_service_holds_what_metrics_jsonl_holds_after_a_kill_and_after_an_error(folder, service):
+    pytest.importorskip(service)
+    read = {"tensorboard": read_tensorboard, "trackio": read_trackio, "wandb": read_wandb}[service]
+
+    def assert_same(run_dir):
+        found, expected = sorted(read(run_dir)), sorted(expected_values(run_dir))
+        assert [x[:2] for x in found] == [x[:2] for x in expected]
+        assert [x[2] for x in found] == pytest.approx([x[2] for x in expected], rel=1e-5, abs=1e-6)
+        return {step for step, _, _ in found}
+
+    killed, failed = f"{service}-killed", f"{service}-failed"
+    assert gem_process(folder, "killed", killed, service)[0] == -9
+    code, output = gem_process(folder, "none", killed, service, "--resume")
+    assert code == 0 and "Continuing from checkpoint-2" in output, output
+    assert assert_same(folder / killed) == {0, 1, 2, 3, 4}
+    own = [line for line in output.splitlines() if line.startswith(("wandb:", "* "))]
+    assert len(own) <= 10  # wandb alone would print sixty at the end
+
+    code, output = gem_process(folder, "failed", failed, service)
+    assert code == 2 and "gem: enough" in output, output
+    assert assert_same(folder / failed) == {0, 1, 2, 3}
+    if service == "wandb":
+        assert [r.exit.exit_code for r in wandb_records(folder / failed) if r.HasField("exit")] == [2]
+        assert [r.exit.exit_code for r in wandb_records(folder / killed) if r.HasField("exit")] == [0]
+
+
+def test_services_go_on_from_the_rows_that_a_checkpoint_knows(tmp_path, monkeypatch):
+    """Every service gets the rows again at the steps they stood at, and one that cannot begin is one clear line."""
+    given = []
+
+    class Service:
+        def __init__(self, config, run_dir, resumed):
+            assert resumed
+
+        def write(self, values, step):
+            given.append((step, values))
+
+        def close(self, failed):
+            given.append(failed)
+
+    def broken(config, run_dir, resumed):
+        raise RuntimeError("no account\nanywhere")
+
+    rows = [{"stage": "eval", "after": "start", "eval/x": 0.5}, {"stage": "SFT", "step": 1, "loss": 2.0}]
+    rows += [{"stage": "guard", "step": 0, "value": 3.0}, {"stage": "SEGA", "step": 1, "loss": None, "kl": 1.0}]
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for row in rows:
+        file.write(row)
+    offsets = {"metrics.jsonl": file.offset}
+    file.write({"stage": "SEGA", "step": 2, "kl": 2.0})
+    file.close()
+    config = build_config({"model": "m", "train_file": "t", "output_dir": "o", "report_to": ["tensorboard"]})
+    monkeypatch.setattr("gem.tracking._TensorBoard", Service)
+    tracker = Tracker(config, tmp_path, Console(file=io.StringIO()), offsets=offsets, step=2)
+    tracker.write({"stage": "SEGA", "step": 2, "kl": 4.0}, 3)
+    tracker.close(failed=True)
+    tracker.close()
+    assert given == [
+        (0, {"eval/x": 0.5}), (1, {"sft/loss": 2.0}), (1, {"train/value": 3.0}), (2, {"train/kl": 1.0}),
+        (3, {"train/kl": 4.0}), True,
+    ]  # fmt: skip
+    monkeypatch.setattr("gem.tracking._TensorBoard", broken)
+    with pytest.raises(UserError, match="report_to: tensorboard cannot begin: no account anywhere; set it up"):
+        Tracker(config, tmp_path, Console(file=io.StringIO()), offsets=offsets, step=2)
 
 
 @pytest.mark.parametrize(
