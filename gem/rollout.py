@@ -29,6 +29,7 @@ from transformers.generation import (
 
 from gem import distributed
 from gem.data import CompletionBatch, collate, pad_rows
+from gem.few_rows import few_row_products
 from gem.policy import advance, forward, positions
 from gem.progress import Progress
 from gem.spans import AnswerFinder, AnswerSpans, decode, find_answer_spans
@@ -111,7 +112,7 @@ def roll_out(
     rows: list[list[SampledTokens]] = []  # by prompt
     mine = distributed.share(range(len(prompts)))
     size = sampling.num_generations
-    with distributed.gathered(model):
+    with distributed.gathered(model), few_row_products(model):
         for start in range(0, len(mine), batch_size):
             part = mine[start : start + batch_size]
             keys = row_keys(seed, step, part, size)

@@ -11,7 +11,7 @@ TREE = """
     errors progress settings config
     arithmetic rows spans data
     zero distributed adapters model trainer zero_trainer checkpoint
-    policy reference rollout vllm ranking filtering
+    policy reference few_rows rollout vllm ranking filtering
     update measures evaluate guards
     tracking reports session stages safeguards train
     scorefile demo cli __main__
