@@ -29,6 +29,11 @@ from gem.errors import UserError
 from gem.settings import TrainConfig
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+# Package and module of those that are not torch's.
+FLASH = {
+    "flash_attention_2": ("flash-attn", "flash_attn"),
+    "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
+}
 
 
 @dataclass(frozen=True)
@@ -178,11 +183,12 @@ def find_attention(name: str, dtype: str, device: str) -> str | None:
         return "flash_attention_2" if has_flash and dtype == "bfloat16" else None
     if name not in ATTENTION:  # other names of transformers download code from a hub
         raise UserError(f"attn_implementation: expected auto, {', '.join(ATTENTION)}, got {name!r}")
-    if name == "flash_attention_2" and not (has_flash and dtype == "bfloat16"):
-        raise UserError(
-            "attn_implementation: flash_attention_2 needs a CUDA device, dtype bfloat16 and flash-attn "
-            "(pip install flash-attn): set it to auto"
-        )
+    if name in FLASH:  # where its module is missing, transformers takes compiled code from a hub
+        package, module = FLASH[name]
+        if not (device.startswith("cuda") and dtype == "bfloat16" and importlib.util.find_spec(module) is not None):
+            raise UserError(
+                f"attn_implementation: {name} needs a CUDA device, dtype bfloat16 and {package}: set it to auto"
+            )
     return name
 
 

@@ -143,6 +143,7 @@ def test_foreign_adapters_are_refused(tmp_path):
         ({"use_liger_kernel": True}, "use_liger_kernel: needs a CUDA device and liger-kernel"),
         ({"padding_free": True}, "padding_free: .*flash-attn"),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 needs"),
+        ({"attn_implementation": "flash_attention_3"}, "attn_implementation: flash_attention_3 needs .*flash-attn-3"),
         ({"attn_implementation": "kernels-community/flash-attn"}, "attn_implementation: expected auto, sdpa"),
         ({"use_peft": True, "lora_target_modules": "lm_head"}, "lora_target_modules: lm_head is the output head"),
         ({"device": "cuda:7"}, "device: cannot use 'cuda:7'"),
@@ -308,6 +309,9 @@ def test_attention_by_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
     assert find_attention("auto", "bfloat16", "cuda") == "flash_attention_2"
     assert find_attention("auto", "bfloat16", "cpu") is None
+    assert find_attention("flash_attention_2", "bfloat16", "cuda") == "flash_attention_2"
+    with pytest.raises(UserError, match="flash_attention_3 needs"):  # another package
+        find_attention("flash_attention_3", "bfloat16", "cuda")
     assert find_attention("auto", "float32", "cuda") is None  # flash-attn computes in 16 bits only
     source = find_model(str(save_tiny(tmp_path / "base")))
     for name, expected in (("auto", "sdpa"), ("eager", "eager")):
