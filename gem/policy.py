@@ -197,7 +197,8 @@ def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bo
     if padding_free:
         mask = torch.cat([prompt_mask, batch.completion_mask[:, 1:]], 1)  # less the last token of each completion
         # No attention mask: positions that begin again at 0 tell the sequences apart.
-        hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None])
+        packed = packed_lengths(model, mask.sum(1))
+        hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None], **packed)
         rows = (mask.flatten().cumsum(0) - 1).view(mask.shape)[:, -width:]  # under the padding: any row
         return hidden[0][rows], head
     shared = batch.prompt_ids.shape[1] - 1  # the prompt's last token predicts the first answer token: it stays
@@ -215,6 +216,17 @@ def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bo
         **keep,
     )
     return hidden[:, -width:], head
+
+
+def packed_lengths(model: nn.Module, lengths: Tensor) -> dict[str, Any]:
+    """What flash-attn asks of rows packed one after the other; transformers would wait for the device in every layer to
+    find it. Other attention has no use for it."""
+    flash = str(inner_model(model).config._attn_implementation).startswith("flash_attention")
+    if not flash or "kwargs" not in _forward_arguments(model):
+        return {}
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def prompt_cache(model: nn.Module, batch: CompletionBatch) -> DynamicCache:
@@ -257,11 +269,15 @@ def forward(model: nn.Module, num_logits: int, **inputs: Any) -> Any:
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether the causal LM within takes `logits_to_keep`; wrappers pass it on."""
+    """Whether the causal LM within takes `logits_to_keep` as an argument of its own; wrappers pass it on."""
+    return "logits_to_keep" in _forward_arguments(model)
+
+
+def _forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     model = inner_model(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return inspect.signature(model.forward).parameters
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -112,17 +112,20 @@ def roll_out(
     rows: list[list[SampledTokens]] = []  # by prompt
     mine = distributed.share(range(len(prompts)))
     size = sampling.num_generations
-    with distributed.gathered(model), few_row_products(model):
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
-            keys = row_keys(seed, step, part, size)
-            if sampler is not None:
-                found = sampler.sample([prompts[i] for i in part], sampling, end_token_ids, keys)
-            else:
+    if sampler is not None:  # it makes batches of its own
+        keys = row_keys(seed, step, mine, size)
+        found = sampler.sample([prompts[i] for i in mine], sampling, end_token_ids, keys) if mine else []
+        rows += [found[i : i + size] for i in range(0, len(found), size)]
+        advance(progress, len(mine))
+    else:
+        with distributed.gathered(model), few_row_products(model):
+            for start in range(0, len(mine), batch_size):
+                part = mine[start : start + batch_size]
+                keys = row_keys(seed, step, part, size)
                 padded = pad_rows([prompts[i] for i in part], tokenizer.pad_token_id, left=True)
                 found = sample_tokens(model, *padded, sampling, end_token_ids, keys, stats_temperature)
-            rows += [found[i : i + size] for i in range(0, len(found), size)]
-            advance(progress, len(part))
+                rows += [found[i : i + size] for i in range(0, len(found), size)]
+                advance(progress, len(part))
     flat = [row for group in distributed.gather(rows) for row in group]
     return given_completions(
         tokenizer,

@@ -57,7 +57,7 @@ class TrainConfig:
     lora_alpha: int = setting(32, "the adapters count lora_alpha / lora_r", least=1)
     lora_dropout: float = setting(0.0, "of the adapters' input", least=0, below=1)
     lora_target_modules: str = setting("all-linear", "or names of modules with commas between")
-    load_in_4bit: bool = setting(False, "QLoRA: weights in 4 bits under the adapters; CUDA, needs bitsandbytes")
+    load_in_4bit: bool = setting(False, "QLoRA: weights in 4 bits under the adapters; needs bitsandbytes")
 
     system_prompt: str = setting(SYSTEM_PROMPT, "empty: none", section="Prompts and answers")
     chain_of_thought: bool = setting(True, "false: a system prompt that asks for the answer alone takes its place")

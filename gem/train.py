@@ -38,10 +38,22 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     console = (console or Console()) if distributed.is_main() else Console(quiet=True)
     session, state = prepare(config, accelerator, console, resume)
     clock.lap("loading")
+    try:
+        model_dir = run_stages(session, state, clock)
+    except BaseException:
+        session.tracker.close(failed=True)
+        raise
+    session.tracker.close()
+    distributed.wait_for_all()
+    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
+
+
+def run_stages(session: Session, state: Progress, clock: Clock) -> Path:
+    """All that is left of a run; the directory of the model that comes out."""
     if "start" not in state.evaluations:
         state.evaluations["start"] = run_evaluation(session, state, "start")
         clock.lap("evaluation")
-    for stage in planned_stages(config):
+    for stage in planned_stages(session.config):
         if stage.name not in state.evaluations:
             run_stage(stage(session), session, state)
             clock.lap(stage.name)
@@ -51,9 +63,7 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     weights = distributed.whole_state_dict(session.model)
     distributed.on_main(lambda: checkpoint.save_model(session.model, session.tokenizer, model_dir, weights))
     clock.lap("saving")
-    session.tracker.close()
-    distributed.wait_for_all()
-    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
+    return model_dir
 
 
 def run_stage(stage: Stage, session: Session, state: Progress) -> None:
