@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from gem.adapters import CONFIG_FILE, Lora, add_lora, is_adapted, load_adapter, merged_state_dict, read_adapter_config
@@ -273,6 +274,8 @@ def _load_in_4bit(source: ModelSource, config: PreTrainedConfig, settings: Train
     check_4bit(device)
     if source.gguf_file:
         raise UserError("load_in_4bit: a GGUF file cannot be quantized again: give a directory or a hub id")
+    if is_deepspeed_zero3_enabled():
+        raise UserError("load_in_4bit: stage 3 of DeepSpeed's ZeRO cannot divide 4-bit weights: use stage 1 or 2")
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(

@@ -200,7 +200,7 @@ def policy_weights(model: nn.Module, *, main_alone: bool = False) -> dict[str, T
     sharded = distributed.is_sharded(model)
     if is_adapted(model):
         if sharded:
-            raise UserError("use_vllm: LoRA under FSDP2 cannot be handed to vLLM: launch without --use_fsdp")
+            raise UserError("use_vllm: LoRA cannot be handed to vLLM from sharded weights: launch without FSDP2 and ZeRO 3")
         return revert_weight_conversion(model.get_base_model(), merged_state_dict(model))
     if sharded and main_alone:
         state = distributed.whole_state_dict(model)

@@ -181,7 +181,7 @@ def test_a_service_holds_what_metrics_jsonl_holds_after_a_kill_and_after_an_erro
     assert code == 2 and "gem: enough" in output, output
     assert assert_same(folder / failed) == {0, 1, 2, 3}
     if service == "wandb":
-        assert [r.exit.exit_code for r in wandb_records(folder / failed) if r.HasField("exit")] == [2]
+        assert [r.exit.exit_code for r in wandb_records(folder / failed) if r.HasField("exit")] == [1]
         assert [r.exit.exit_code for r in wandb_records(folder / killed) if r.HasField("exit")] == [0]
 
 

@@ -47,31 +47,34 @@ def environment(folder, stage):
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / f"{stage}.json")}
 
 
-@pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("stage, more", [(1, {}), (2, LORA), (3, {}), (3, LORA)], ids=["1", "2 lora", "3", "3 lora"])
-def test_two_processes_are_one(folder, stage, more):
-    name = f"zero{stage}{'-lora' if more else ''}"
-    alone = train(build_config(settings(folder, f"{name}-1", **more)), Console(file=io.StringIO()))
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(settings(folder, f"{name}-2", **more)))
-    output = launch(path, **environment(folder, stage))
-    together = folder / f"{name}-2"
-    assert output.count("Loading") == 1  # one process speaks
-    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.run_dir.iterdir())
-    assert_close(rows(alone.run_dir), rows(together))
-    assert_close(rows(alone.run_dir, "completions.jsonl"), rows(together, "completions.jsonl"))
-    one, two = (AutoModelForCausalLM.from_pretrained(d / "model").state_dict() for d in (alone.run_dir, together))
+def assert_same_run(alone, together):
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+    assert_close(rows(alone), rows(together))
+    assert_close(rows(alone, "completions.jsonl"), rows(together, "completions.jsonl"))
+    one, two = (AutoModelForCausalLM.from_pretrained(d / "model").state_dict() for d in (alone, together))
     # As in test_gem_distributed: AdamW's sign of a gradient near 0.
     assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=3e-4) for key in one)
 
 
 @pytest.mark.usefixtures("deepspeed")
-def test_a_run_is_resumed_exactly(folder):
+@pytest.mark.parametrize("stage, more", [(1, {}), (2, LORA), (3, LORA)], ids=["1", "2 lora", "3 lora"])
+def test_two_processes_are_one(folder, stage, more):
+    alone = train(build_config(settings(folder, f"alone{stage}", **more)), Console(file=io.StringIO()))
+    path = folder / f"zero{stage}.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, f"zero{stage}", **more)))
+    output = launch(path, **environment(folder, stage))
+    assert output.count("Loading") == 1  # one process speaks
+    assert_same_run(alone.run_dir, folder / f"zero{stage}")
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_a_run_of_two_processes_is_one_and_is_resumed_exactly(folder):
     """A run whose last checkpoint is taken away repeats its end, to the bit: weights, moments and masters came back."""
-    path = folder / "again.yaml"
+    alone = train(build_config(settings(folder, "alone")), Console(file=io.StringIO()))
+    path, run_dir = folder / "again.yaml", folder / "again"
     path.write_text(yaml.safe_dump(settings(folder, "again")))
     launch(path, **environment(folder, 3))
-    run_dir = folder / "again"
+    assert_same_run(alone.run_dir, run_dir)
     before, weights = rows(run_dir), (run_dir / "model" / "model.safetensors").read_bytes()
     names = sorted((p.name for p in run_dir.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
     shutil.rmtree(run_dir / names[-1])
