@@ -192,7 +192,7 @@ class Server:
 
 
 def policy_weights(model: nn.Module, *, main_alone: bool = False) -> dict[str, Tensor]:
-    """The weights under the names of a checkpoint, whole, adapters merged. Under FSDP2 a collective.
+    """The weights under the names of a checkpoint, whole, adapters merged. A collective if sharded.
 
     Tied weights stand under each of their names: on a CPU, vLLM's head keeps a copy in a layout of its own, which only
     a weight of its own name replaces. `main_alone`: the other processes need not have those of a sharded model.
@@ -200,7 +200,7 @@ def policy_weights(model: nn.Module, *, main_alone: bool = False) -> dict[str, T
     sharded = distributed.is_sharded(model)
     if is_adapted(model):
         if sharded:
-            raise UserError("use_vllm: LoRA cannot be handed to vLLM from sharded weights: launch without FSDP2 and ZeRO 3")
+            raise UserError("use_vllm: LoRA in sharded weights cannot be handed over: launch without FSDP2 and ZeRO 3")
         return revert_weight_conversion(model.get_base_model(), merged_state_dict(model))
     if sharded and main_alone:
         state = distributed.whole_state_dict(model)
