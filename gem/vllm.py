@@ -207,7 +207,10 @@ def policy_weights(model: nn.Module, *, main_alone: bool = False) -> dict[str, T
         if not distributed.is_main():
             return {}
     else:
-        state = {name: distributed.whole_tensor(value) for name, value in model.state_dict().items()}
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a state dict has no handle on ZeRO's shares
+        state = {
+            name: distributed.whole_tensor(parameters.get(name, value)) for name, value in model.state_dict().items()
+        }
     return revert_weight_conversion(model, state)
 
 

@@ -94,6 +94,7 @@ from gem import checkpoint, distributed
 from gem.data import collate
 from gem.policy import completion_stats, measured_stats
 from gem.reference import StartingPolicy
+from gem.vllm import policy_weights
 from gem.zero_trainer import ZeroTrainer
 
 model = tiny_model().to({dtype})
@@ -152,6 +153,10 @@ assert equal(later, weights())
 again = StartingPolicy(model)
 again.load_state_dict(kept)
 assert equal(kept, again.state_dict()) and equal(later, weights())
+
+# What vLLM is given is whole, under every name of a tied weight.
+handed = policy_weights(model)
+assert equal(later, handed) and set(handed) == set(model.state_dict())
 print("all of it")
 distributed.shut_down()
 """
