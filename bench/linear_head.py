@@ -24,6 +24,7 @@ import time
 import torch
 
 import gem_kernels
+from bench.measure import cpu_name, resident
 
 GROUP = 4
 CLOCK = time.perf_counter
@@ -137,22 +138,16 @@ def milliseconds(function, hidden, weight, targets) -> float:
     return (CLOCK() - begin) * 1e3
 
 
-def status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-
-
 def extra_memory(function, args) -> dict:
     """In this process: peak resident bytes of loss and backward, above what the inputs and libraries hold."""
     few = inputs(16, 4096, args.hidden, getattr(torch, args.dtype))
     function(*few).backward()
     data = inputs(args.rows, args.vocab, args.hidden, getattr(torch, args.dtype))
-    before = status("VmRSS")
+    before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the high-water mark
     elapsed = milliseconds(function, *data)
-    return {"extra": status("VmHWM") - before, "ms": elapsed}
+    return {"extra": resident("VmHWM") - before, "ms": elapsed}
 
 
 def in_subprocess(name: str, args) -> dict:
@@ -167,13 +162,9 @@ def in_subprocess(name: str, args) -> dict:
 def describe() -> str:
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    model = platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
     load = os.getloadavg()[0]
     return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads (load {load:.1f}); "
+        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads (load {load:.1f}); "
         f"torch {torch.__version__}, Python {platform.python_version()}; commit {commit or 'unknown'}"
     )
 
