@@ -55,7 +55,7 @@ def train_command(
 
     Every setting is a key of the YAML file and a flag on top of it, as in --max_steps 20.
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
-    All keys with their defaults: docs/training.md.
+    All keys with their defaults: gem config --preset paper (or safe).
     """
     from gem.demo import report
     from gem.distributed import is_main, shut_down
