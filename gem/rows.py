@@ -14,6 +14,8 @@ from gem.errors import UserError
 
 # A report lists so many rows in full; of more it says how many.
 _MAX_LISTED = 50
+# What ends like these is a file, never the id of a dataset on the hub.
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,16 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
         return readers.get(path.suffix.lower(), _read_json_lines)(path)
     if path.is_dir():
         return _saved_dataset(path, split)
-    if (
-        path.is_absolute()
-        or path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-        or str(source).startswith((".", "~"))
-    ):
-        raise UserError(f"{source}: cannot read it: no such file or directory")
+    check_source(source)
     return _hub_dataset(str(source), split)
+
+
+def check_source(source: str | Path) -> None:
+    """Raises where `source` names a file or directory that is not there. Reads nothing, asks no hub."""
+    path = Path(source).expanduser()
+    named = path.is_absolute() or path.suffix.lower() in _SUFFIXES or str(source).startswith((".", "~"))
+    if named and not path.exists():
+        raise UserError(f"{source}: cannot read it: no such file or directory")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -22,6 +22,7 @@ from gem.evaluate import Evaluation
 from gem.model import context_length, end_token_ids, find_model, load_model_for_training, load_tokenizer
 from gem.model import load_config as load_model_config
 from gem.rollout import Sampler
+from gem.rows import check_source
 from gem.spans import AnswerFinder, answer_finders
 from gem.tracking import Tracker, check_report_to
 from gem.vllm import check_vllm, make_sampler
@@ -67,6 +68,8 @@ def prepare(
     """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
     run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
     check_report_to(config.report_to)
+    for source in filter(None, (config.train_file, config.eval_file)):
+        check_source(source)
     distributed.wait_for_all()  # every process has seen the directory as it was before one makes it
     source = find_model(config.model)
     check_vllm(config, source)

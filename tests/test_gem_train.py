@@ -132,6 +132,16 @@ def test_bad_data_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path, 
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "c.yaml"])
 
 
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_a_missing_file_is_said_before_the_model_is_looked_at(folder, tmp_path, key, capsys):
+    paths = {"train_file": str(folder / "pairs.jsonl"), key: str(tmp_path / "none.jsonl")}
+    settings = {**TINY_RUN, **paths, "model": str(tmp_path / "no-model"), "output_dir": str(tmp_path / "out")}
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot read it: no such file"):
+        train(build_config(settings), console)
+    assert console.file.getvalue() == "" and list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_never_written_over(folder, result):
     with pytest.raises(UserError, match="not empty"):
         train(config_of(folder, "run"), Console(file=io.StringIO()))
