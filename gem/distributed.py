@@ -81,12 +81,12 @@ def shut_down() -> None:
 
 def make_accelerator(device: str = "auto") -> Accelerator:
     """accelerate's view of how this process was launched; `device` "cpu" keeps it off the accelerators."""
+    if device == "cpu" or not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print that it looked for one
     if zero.is_asked_for():
-        if device == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # with accelerate's own flag it would be no DeepSpeed
         if not zero.is_installed():
             raise UserError("accelerate: deepspeed is not installed: pip install deepspeed, or launch without it")
-        return Accelerator()
+        return Accelerator()  # told `cpu`, accelerate would leave DeepSpeed out
     accelerator = Accelerator(cpu=device == "cpu")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate: FSDP version 1 is not supported; launch with --fsdp_version 2")
