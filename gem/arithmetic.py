@@ -112,9 +112,7 @@ def _problem(rng: random.Random, num_steps: int) -> Problem:
     return Problem(" ".join([*sentences, question]), start, tuple(steps))
 
 
-def _next_step(
-    rng: random.Random, name: str, item: str, value: int, previous: str, last: bool
-) -> tuple[Step, str]:
+def _next_step(rng: random.Random, name: str, item: str, value: int, previous: str, last: bool) -> tuple[Step, str]:
     """A step that follows from `value` with a whole, positive result, and the sentence that tells it."""
     divisors = [d for d in range(2, 10) if value % d == 0 and value > d]
     choices = ["+", "-"] if value > 2 else ["+"]
@@ -164,9 +162,7 @@ def _chain(problem: Problem, marker: str) -> tuple[str, int]:
     return "\n".join([*lines, f"{marker} {value}"]), value
 
 
-def _slipped_chain(
-    problem: Problem, at: int, slip: str, rng: random.Random, marker: str
-) -> tuple[str, int] | None:
+def _slipped_chain(problem: Problem, at: int, slip: str, rng: random.Random, marker: str) -> tuple[str, int] | None:
     """The worked answer with one slip at step `at`, carried through to the end; None where it gives no whole number."""
     lines, value = [], problem.start
     for i, step in enumerate(problem.steps):

@@ -161,9 +161,9 @@ def reward_differences(
 ) -> dict[str, Tensor]:
     """r(chosen) - r(rejected) [N] float64 under each implicit reward, from the log-probs of whole answers [N, 2].
 
-        sum        r = log p(answer | prompt)
-        mean       r = log p(answer | prompt) / its tokens, the end-of-turn token one of them
-        relative   r = log p(answer | prompt) - that of the reference; only where there is one
+    sum        r = log p(answer | prompt)
+    mean       r = log p(answer | prompt) / its tokens, the end-of-turn token one of them
+    relative   r = log p(answer | prompt) - that of the reference; only where there is one
     """
     lengths = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
     rewards = {"sum": logprobs, "mean": logprobs / lengths}
@@ -213,9 +213,7 @@ def preference_accuracy(
 def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: int) -> PreferenceAccuracy:
     share = share_estimate((differences.sign() + 1) / 2, prompts, seed)
     margin = mean_estimate(differences, prompts, seed)
-    return PreferenceAccuracy(
-        share.value, share.low, share.high, share.count, margin.value, margin.low, margin.high
-    )
+    return PreferenceAccuracy(share.value, share.low, share.high, share.count, margin.value, margin.low, margin.high)
 
 
 def summarize(scored: ScoredRollout) -> CandidateScores:

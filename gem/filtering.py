@@ -83,9 +83,7 @@ def score_rollout(
     return rank_candidates(rollout, logprobs, entropy, scoring)
 
 
-def rank_candidates(
-    rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Tensor, scoring: Scoring
-) -> ScoredRollout:
+def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Tensor, scoring: Scoring) -> ScoredRollout:
     """Token statistics [B, T] -> scores, their errors, the reward of each candidate, advantages and pairs.
 
     Trimming looks at the scores; the overlong penalty is added to the reward before it is mapped.

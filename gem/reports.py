@@ -93,9 +93,7 @@ def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
     def estimate(value: Estimate | None) -> tuple[float, float, float] | None:
         return None if value is None else (value.value, value.low, value.high)
 
-    with_interval(
-        f"preference accuracy ({stages[0].preference.num_pairs})", [share(e.preference) for e in stages]
-    )
+    with_interval(f"preference accuracy ({stages[0].preference.num_pairs})", [share(e.preference) for e in stages])
     for kind, words in (("mean", "  per token"), ("relative", "  relative to the start")):
         values = [e.preferences.get(kind) for e in stages]
         if any(values) and not all(value == e.preference for value, e in zip(values, stages)):

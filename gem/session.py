@@ -62,9 +62,7 @@ class Progress:
     stage_state: dict[str, Any] | None = None  # of the stage in which the run is resumed, until it has begun
 
 
-def prepare(
-    config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool
-) -> tuple[Session, Progress]:
+def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool) -> tuple[Session, Progress]:
     """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
     run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
     check_report_to(config.report_to)
