@@ -22,17 +22,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gem import model as models
-from gem.arithmetic import arithmetic_pairs
-from gem.config import TrainConfig, build_config
-from gem.data import load_pairs, pair_options, prompt_format, run_system_prompt, write_jsonl
-from gem.demo import demo_model
+from gem.config.read import build_config
+from gem.config.settings import TrainConfig
+from gem.data.answers import answer_finders, answers_match
+from gem.data.pairs import load_pairs, pair_options
+from gem.data.prompts import prompt_format, run_system_prompt
+from gem.demo.arithmetic import arithmetic_pairs
+from gem.demo.run import demo_model
 from gem.errors import UserError
-from gem.evaluate import reward_differences
-from gem.measures import bootstrap_interval
-from gem.policy import pair_logprobs
-from gem.rollout import Sampling, roll_out
-from gem.spans import answer_finders, answers_match
+from gem.evaluation.evaluate import reward_differences
+from gem.evaluation.statistics import bootstrap_interval
+from gem.files import write_jsonl
+from gem.model import load as models
+from gem.model.forward import pair_logprobs
+from gem.rollout.sample import Sampling, roll_out
 from gem.train import train
 
 # Meant for all rows and three seeds in half an hour on 2 free CPU cores (estimated, not measured).

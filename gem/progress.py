@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from gem.parallel import processes
+
 # Seconds between the lines of one piece of work where there is no terminal.
 _LINE_SECONDS = 30.0
 
@@ -61,3 +63,9 @@ def progress(console: Console, what: str, total: int) -> Iterator[Progress]:
     )  # fmt: skip
     with RichProgress(*columns, console=console) as bar:
         yield Progress(console, what, total, bar)
+
+
+def advance(progress: Progress | None, done: int) -> None:
+    """Of work that the processes share: each does about as much as this one."""
+    if progress is not None:
+        progress.advance(done * processes.world_size())

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gem import checkpoint, distributed
-from gem.config import TrainConfig
+from gem.config.settings import TrainConfig
+from gem.data.answers import decode
 from gem.errors import UserError
-from gem.evaluate import Evaluation, evaluate
+from gem.evaluation.evaluate import Evaluation, evaluate
+from gem.evaluation.report import evaluation_metrics, evaluation_table
+from gem.parallel import processes
 from gem.progress import progress
-from gem.reports import evaluation_metrics
-from gem.safeguards import watch
-from gem.session import Progress, Session, prepare, save
-from gem.spans import decode
-from gem.stages import Stage, planned_stages, sampling, scoring
+from gem.run import checkpoint
+from gem.run.safeguards import watch
+from gem.run.session import Progress, Session, prepare, save
+from gem.run.stages import Stage, planned_stages, sampling, scoring
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     User mistakes are raised before anything is written.
     """
     clock = Clock()
-    accelerator = distributed.make_accelerator(config.device)
-    console = (console or Console()) if distributed.is_main() else Console(quiet=True)
+    accelerator = processes.make_accelerator(config.device)
+    console = (console or Console()) if processes.is_main() else Console(quiet=True)
     session, state = prepare(config, accelerator, console, resume)
     clock.lap("loading")
     try:
@@ -44,7 +45,7 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
         session.tracker.close(failed=True)
         raise
     session.tracker.close()
-    distributed.wait_for_all()
+    processes.wait_for_all()
     return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
 
 
@@ -60,8 +61,8 @@ def run_stages(session: Session, state: Progress, clock: Clock) -> Path:
             state.evaluations[stage.name] = run_evaluation(session, state, stage.name)
             clock.lap("evaluation")
     model_dir = session.run_dir / "model"
-    weights = distributed.whole_state_dict(session.model)
-    distributed.on_main(lambda: checkpoint.save_model(session.model, session.tokenizer, model_dir, weights))
+    weights = processes.whole_state_dict(session.model)
+    processes.on_main(lambda: checkpoint.save_model(session.model, session.tokenizer, model_dir, weights))
     clock.lap("saving")
     return model_dir
 
@@ -146,3 +147,11 @@ class Clock:
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
+
+
+def report(result: TrainResult, console: Console) -> None:
+    """The table of evaluations, where the time went, and where the run is."""
+    console.print(evaluation_table(result.evaluations))
+    times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
+    console.print(f"Time: {times}", highlight=False)
+    console.print(f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False)

@@ -1,0 +1,4 @@
+"""Every setting of a run: its name, type, default, meaning and range.
+
+Read from YAML and flags, checked, saved and printed.
+"""

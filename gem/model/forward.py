@@ -1,0 +1,296 @@
+"""The one place where the model runs forward: completions -> hidden states -> token statistics or a loss.
+
+The logits never exist: the head goes to the fused kernels, once it has been checked against the model's own logits
+(before its first use on a model).
+
+The G completions of a prompt share it, so the prompt runs once: its keys and values are repeated for the completions,
+and gradients flow back through them. With prompts as long as answers and G = 4 that is 2.5 times fewer tokens. Where
+that cannot be (gradient checkpointing, sharded parameters under gradients, G = 1, models with other state) prompt and
+completion are joined into one row, with the same numbers. `padding_free` puts those rows into a single one, without
+padding, told apart by their positions; it is for flash-attn, which then does no more than each sequence needs.
+
+A model may be bare, under peft, sharded by FSDP2, under DeepSpeed's ZeRO or within DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from gem.data.batches import (
+    CompletionBatch,
+    TokenizedPair,
+    collate_pairs,
+    counted_targets,
+    on_device,
+    positions,
+    select_groups,
+)
+from gem.parallel import deepspeed, processes
+from gem.progress import Progress, advance
+from gem_kernels import (
+    PolicyLossOutput,
+    SegaOutput,
+    TokenStats,
+    fused_linear_policy_loss,
+    fused_linear_sega_loss,
+    linear_token_stats,
+)
+from gem_kernels.integrations.transformers import Head, hidden_states_and_head
+
+
+def completion_stats(
+    model: nn.Module, batch: CompletionBatch, *, temperature: float = 1.0, padding_free: bool = False
+) -> TokenStats:
+    """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
+    batch = on_device(batch, device_of(model))
+
+    def compute() -> TokenStats:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        targets = counted_targets(batch)
+        return linear_token_stats(hidden, head.weight, targets, **head_options(head), temperature=temperature)
+
+    return deepspeed.forward(model, compute)
+
+
+@torch.no_grad()
+def measured_stats(
+    model: nn.Module,
+    batch: CompletionBatch,
+    *,
+    temperature: float = 1.0,
+    batch_size: int,
+    padding_free: bool = False,
+    progress: Progress | None = None,
+) -> TokenStats:
+    """`completion_stats` [B, T] on the CPU, without gradient, `batch_size` prompts a forward.
+
+    With several processes each runs its share of the prompts, and all get the whole.
+    """
+    model.eval()
+    size, width = batch.num_generations, batch.completion_ids.shape[1]
+    mine = processes.share(range(len(batch.prompt_ids)))
+    groups: list[Tensor] = []  # [2, G, T] of each prompt
+    with processes.gathered(model):
+        for start in range(0, len(mine), batch_size):
+            part, _ = select_groups(batch, mine[start : start + batch_size])
+            stats = completion_stats(model, part, temperature=temperature, padding_free=padding_free)
+            found = torch.stack([stats.logprobs, stats.entropy]).cpu()
+            found = torch.nn.functional.pad(found, (0, width - found.shape[2]))
+            groups += found.view(2, -1, size, width).unbind(1)
+            advance(progress, len(part.prompt_ids))
+    return TokenStats(*torch.cat(processes.gather(groups), 1).unbind(0))
+
+
+@torch.no_grad()
+def pair_logprobs(
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    *,
+    pad_id: int,
+    batch_size: int,
+    padding_free: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64 on the CPU, nats.
+
+    Without gradient. Both answers stand under the same prompt in the same batch. With several processes each runs its
+    share of the pairs, and all get the whole.
+    """
+    model.eval()
+    # Pairs of like length together, so that little is padding; the log-probs return in the order of `pairs`.
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].prompt_ids), len(pairs[i].chosen_ids)))
+    mine = processes.share(order)
+    found: list[Tensor] = []
+    with processes.gathered(model):
+        for start in range(0, len(mine), batch_size):
+            batch = collate_pairs([pairs[i] for i in mine[start : start + batch_size]], pad_id)
+            stats = completion_stats(model, batch, padding_free=padding_free)
+            found += stats.logprobs.double().sum(1).cpu().view(-1, 2).unbind(0)
+            advance(progress, len(batch.prompt_ids))
+    logprobs = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for place, row in zip(order, processes.gather(found)):
+        logprobs[place] = row
+    return logprobs
+
+
+def completion_sega_loss(
+    model: nn.Module,
+    batch: CompletionBatch,
+    *,
+    advantages: Tensor,
+    valid: Tensor,
+    denominator: float,
+    loss_type: str,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    padding_free: bool = False,
+) -> SegaOutput:
+    """The SEGA loss of a micro-batch, in one shot: advantages [B] and the whole step's `denominator` are given."""
+    device = device_of(model)
+    batch = on_device(batch, device)
+
+    def compute() -> SegaOutput:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        return fused_linear_sega_loss(
+            hidden,
+            head.weight,
+            batch.completion_ids,
+            **head_options(head),
+            completion_mask=batch.completion_mask,
+            advantages=advantages.to(device),
+            valid=valid.to(device),
+            loss_type=loss_type,
+            max_completion_length=max_completion_length,
+            denominator=denominator,
+            temperature=temperature,
+        )
+
+    return deepspeed.forward(model, compute)
+
+
+def completion_policy_loss(
+    model: nn.Module,
+    batch: CompletionBatch,
+    token_loss: Callable[..., Tensor],
+    token_inputs: Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    padding_free: bool = False,
+) -> PolicyLossOutput:
+    """Any loss that is a sum over completion tokens, in one shot: gem_kernels.fused_linear_policy_loss has its terms.
+
+    token_inputs: tensors [B, T]; they must make the loss of a token under the padding 0.
+    """
+    device = device_of(model)
+    batch = on_device(batch, device)
+
+    def compute() -> PolicyLossOutput:
+        hidden, head = completion_hidden(model, batch, padding_free)
+        return fused_linear_policy_loss(
+            hidden,
+            head.weight,
+            counted_targets(batch),
+            token_loss,
+            token_inputs={name: value.to(device) for name, value in token_inputs.items()},
+            **head_options(head),
+            temperature=temperature,
+        )
+
+    return deepspeed.forward(model, compute)
+
+
+def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bool = False) -> tuple[Tensor, Head]:
+    """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it."""
+    width = batch.completion_ids.shape[1]
+    prompt_ids = batch.prompt_ids.repeat_interleave(batch.num_generations, 0)
+    prompt_mask = batch.prompt_mask.repeat_interleave(batch.num_generations, 0)
+    # The last completion token predicts nothing that is needed.
+    input_ids = torch.cat([prompt_ids, batch.completion_ids[:, :-1]], 1)
+    mask = torch.cat([prompt_mask, batch.completion_mask[:, :-1]], 1)
+    position_ids = positions(mask)
+    if padding_free:
+        mask = torch.cat([prompt_mask, batch.completion_mask[:, 1:]], 1)  # less the last token of each completion
+        # No attention mask: positions that begin again at 0 tell the sequences apart.
+        packed = packed_lengths(model, mask.sum(1))
+        hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None], **packed)
+        rows = (mask.flatten().cumsum(0) - 1).view(mask.shape)[:, -width:]  # under the padding: any row
+        return hidden[0][rows], head
+    shared = batch.prompt_ids.shape[1] - 1  # the prompt's last token predicts the first answer token: it stays
+    cache = prompt_cache(model, batch) if can_share_prompt(model) and batch.num_generations > 1 and shared else None
+    if cache is None:
+        shared = 0
+    keep = {"logits_to_keep": width} if keeps_logits(model) else {}
+    hidden, head = hidden_states_and_head(
+        model,
+        input_ids[:, shared:],
+        mask.long(),
+        position_ids[:, shared:],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **keep,
+    )
+    return hidden[:, -width:], head
+
+
+def packed_lengths(model: nn.Module, lengths: Tensor) -> dict[str, Any]:
+    """What flash-attn asks of rows packed one after the other; transformers would wait for the device in every layer to
+    find it. Other attention has no use for it."""
+    flash = str(inner_model(model).config._attn_implementation).startswith("flash_attention")
+    if not flash or "kwargs" not in _forward_arguments(model):
+        return {}
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def prompt_cache(model: nn.Module, batch: CompletionBatch) -> DynamicCache:
+    """Keys and values of each prompt but its last token, repeated for its completions."""
+    mask = batch.prompt_mask[:, :-1]
+    model = inner_model(model)  # DistributedDataParallel counts one forward for each backward
+    output = forward(
+        model,
+        1,
+        input_ids=batch.prompt_ids[:, :-1],
+        position_ids=positions(mask),
+        attention_mask=mask.long(),
+        past_key_values=DynamicCache(config=model.config),
+        use_cache=True,
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(batch.num_generations)
+    return cache
+
+
+def can_share_prompt(model: nn.Module) -> bool:
+    """True where a plain cache of keys and values can be repeated and trained through."""
+    model = inner_model(model)
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    # A sharded layer is gathered for backward when a gradient reaches its output; the prompt's comes through the cache.
+    if torch.is_grad_enabled() and processes.is_sharded(model):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def forward(model: nn.Module, num_logits: int, **inputs: Any) -> Any:
+    """model(**inputs) with logits for the last `num_logits` columns only: the head skips the prompt where it can."""
+    if keeps_logits(model):
+        return model(**inputs, logits_to_keep=num_logits)
+    output = model(**inputs)
+    output.logits = output.logits[:, -num_logits:]
+    return output
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the causal LM within takes `logits_to_keep` as an argument of its own; wrappers pass it on."""
+    return "logits_to_keep" in _forward_arguments(model)
+
+
+def _forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    model = inner_model(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return inspect.signature(model.forward).parameters
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return inner_model(model).device
+
+
+def head_options(head: Head) -> dict[str, Any]:
+    """What a head is besides its weight, as the fused functions take it."""
+    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}

@@ -1,0 +1,185 @@
+"""What a run needs before its first step, checked in the order in which mistakes are cheap to find."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from gem.config.read import load_config, save_config
+from gem.config.settings import TrainConfig
+from gem.data.answers import AnswerFinder, answer_finders
+from gem.data.batches import TokenizedPair
+from gem.data.pairs import load_run_pairs
+from gem.data.prompts import prompt_format, run_system_prompt
+from gem.data.sources import check_source
+from gem.errors import UserError
+from gem.evaluation.evaluate import Evaluation
+from gem.model.load import context_length, end_token_ids, find_model, load_model_for_training, load_tokenizer
+from gem.model.load import load_config as load_model_config
+from gem.parallel import processes
+from gem.rollout.sample import Sampler
+from gem.rollout.vllm import check_vllm, make_sampler
+from gem.run import checkpoint
+from gem.run.tracking import Tracker, check_report_to
+
+# What a resumed run may have other than the run it continues: nothing that its numbers depend on.
+MAY_CHANGE = ("save_steps", "save_total_limit", "report_to", "max_bad_steps", "vllm_server_url")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every stage of a run needs: the model, its tokens, the data as tokens, and where things go."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: tuple[int, ...]
+    finders: tuple[AnswerFinder, ...]
+    train_pairs: list[TokenizedPair]
+    eval_pairs: list[TokenizedPair]
+    run_dir: Path
+    tracker: Tracker
+    console: Console
+    sampler: Sampler | None  # vLLM; None: the model itself
+
+
+@dataclass
+class Progress:
+    """How far a run is. With the weights and the generators' states, all that the rest of it depends on."""
+
+    stage: str = "start"
+    step: int = 0  # optimizer steps of the stage, skipped ones included
+    total_steps: int = 0  # of the run
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)  # by stage that is over
+    best: str | None = None  # directory of the best weights so far, for the guards
+    best_accuracy: float = -1.0
+    stage_state: dict[str, Any] | None = None  # of the stage in which the run is resumed, until it has begun
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool) -> tuple[Session, Progress]:
+    """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
+    run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
+    check_report_to(config.report_to)
+    for source in filter(None, (config.train_file, config.eval_file)):
+        check_source(source)
+    processes.wait_for_all()  # every process has seen the directory as it was before one makes it
+    source = find_model(config.model)
+    check_vllm(config, source)
+    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
+    tokenizer = load_tokenizer(source)
+    form = prompt_format(tokenizer, run_system_prompt(config))
+    model_config = load_model_config(source)
+    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
+    for report in filter(str, reports):
+        console.print(str(report), highlight=False)
+    set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
+    whole = load_model_for_training(source, model_config, config)
+    end_tokens = end_token_ids(whole, tokenizer, form.end_of_turn)
+    model = processes.prepare_model(whole, accelerator, config.max_grad_norm)
+    set_seed(config.seed + processes.rank())
+    if resume:
+        progress, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), console)
+    else:
+        progress, offsets = Progress(), None
+        processes.on_main(lambda: start_run_directory(config, run_dir))
+    tracker = Tracker(config, run_dir, console, offsets=offsets, step=progress.total_steps)
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        tokenizer=tokenizer,
+        end_tokens=end_tokens,
+        finders=answer_finders(config.answer_span, config.answer_marker),
+        train_pairs=train_pairs,
+        eval_pairs=eval_pairs,
+        run_dir=run_dir,
+        tracker=tracker,
+        console=console,
+        sampler=make_sampler(config, source, run_dir),
+    ), progress
+
+
+def start_run_directory(config: TrainConfig, run_dir: Path) -> None:
+    checkpoint.make_run_directory(run_dir)
+    save_config(config, run_dir / "config.yaml")
+
+
+def check_resume(config: TrainConfig) -> Path:
+    """The run's directory, if a run of this configuration can be continued in it. Changes nothing."""
+    run_dir = Path(config.output_dir).expanduser()
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"resume: there is no run in {run_dir}; start it without --resume")
+    if (run_dir / "model").is_dir():
+        raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}")
+    before = dataclasses.asdict(load_config(saved))
+    changed = [k for k, v in dataclasses.asdict(config).items() if v != before[k] and k not in MAY_CHANGE]
+    if changed:
+        raise UserError(
+            f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
+            f"only {', '.join(MAY_CHANGE)} may"
+        )
+    if not checkpoint.checkpoints(run_dir):
+        raise UserError(
+            f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}); "
+            "remove it and start the run without --resume"
+        )
+    return run_dir
+
+
+def restore(run_dir: Path, model: nn.Module, data: str, console: Console) -> tuple[Progress, dict[str, int]]:
+    """The newest checkpoint into the model and the generators; (where the run is, offsets of its files)."""
+    path = checkpoint.checkpoints(run_dir)[-1]
+    parameters, state = checkpoint.load_checkpoint(path)
+    if state["data"] != data:
+        raise UserError("resume: train_file or eval_file no longer holds the pairs that the run began with")
+    if len(state["random"]) != processes.world_size():
+        raise UserError(
+            f"resume: the run has {len(state['random'])} processes, this is {processes.world_size()}; "
+            "launch as many as before"
+        )
+    processes.on_main(lambda: checkpoint.remove_leftovers(run_dir))
+    checkpoint.restore_parameters(model, parameters)
+    processes.restore_random_state(state["random"][processes.rank()])
+    progress = checkpoint.from_tree(Progress, state["progress"])
+    progress.stage_state = state["stage_state"]
+    console.print(f"Continuing from {path.name}: {progress.stage}, step {progress.step}", highlight=False)
+    return progress, state["offsets"]
+
+
+def save(session: Session, progress: Progress, stage_state: dict[str, Any]) -> None:
+    """A checkpoint of all of it, by all processes together."""
+    state = {
+        "version": 1,
+        "progress": checkpoint.to_tree(dataclasses.replace(progress, stage_state=None)),
+        "stage_state": stage_state,
+        "data": fingerprint(session.train_pairs, session.eval_pairs),
+        "random": processes.gather([processes.random_state()]),
+        "offsets": session.tracker.offsets,
+    }
+    parameters = checkpoint.trained_parameters(session.model)
+    config = session.config
+
+    def write() -> None:
+        checkpoint.save_checkpoint(session.run_dir, progress.total_steps, parameters, state, config.save_total_limit)
+        checkpoint.remove_others(session.run_dir, "best-*", progress.best)
+
+    processes.on_main(write)
+
+
+def fingerprint(*parts: Sequence[TokenizedPair]) -> str:
+    """A hash of the data as tokens: what the model sees of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pairs in parts:
+        digest.update(repr(pairs).encode())
+    return digest.hexdigest()

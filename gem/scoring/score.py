@@ -1,0 +1,172 @@
+"""Candidates -> token entropies -> scores -> ranking -> group advantages, with no gradient and no padding counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from gem.model.forward import measured_stats
+from gem.progress import Progress
+from gem.rollout.sample import Rollout
+from gem.scoring import ranking
+from gem_kernels import EntropyScores, entropy_scores, group_advantages
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """S = -final_weight * H_final + fork_weight * H_fork, and how scores become advantages."""
+
+    final_weight: float = 1.0
+    fork_weight: float = 1.0
+    top_m: float | int = 0.1
+    no_answer: str = "tail"
+    mapping: str = "identity"
+    scale: str = "none"
+    temperature: float = 1.0  # of the entropies; 1.0 is the model itself, however it was sampled
+    mask_truncated: bool = False
+    ranking: str = "score"  # the reward: the score, or bradley_terry: its log-strength within the group
+    trim: str = "none"
+    trim_mad: float = 3.0
+    trim_share: float = 0.25
+    overlong_buffer: int = 0  # tokens; 0: no penalty
+    overlong_penalty: float = 1.0
+    max_completion_length: int = 0  # needed where overlong_buffer is
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its scores. All on the CPU: [B] but where it says otherwise.
+
+    `scores.valid` is what counts: not empty, answer found and ended where so configured, not trimmed. Advantages are
+    0 elsewhere. `advantages` came from `rewards`, which are the scores or their strengths, plus the overlong penalty.
+    """
+
+    rollout: Rollout
+    scores: EntropyScores
+    advantages: torch.Tensor
+    logprobs: torch.Tensor  # [B, T] fp32
+    entropy: torch.Tensor  # [B, T] fp32, nats
+    rewards: torch.Tensor  # float64
+    standard_errors: torch.Tensor  # of the scores, float64, nats
+    strengths: torch.Tensor  # Bradley-Terry log-strengths, float64, mean 0 in a group
+    trimmed: torch.Tensor  # bool: left out as an outlier
+    pairs: torch.Tensor  # [K, 2] int64: rows of the best and the worst candidate of a group, by reward
+    pairs_decided: float  # share of pairs of candidates that their standard errors tell apart; NaN without pairs
+
+
+def score_rollout(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    scoring: Scoring,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> ScoredRollout:
+    """Scores every candidate with the model as it is now, `batch_size` prompts a forward.
+
+    Where the sampler recorded log-probs and entropies (of that same model, at `scoring.temperature`) there is no
+    forward at all.
+    """
+    if rollout.entropy is None or rollout.logprobs is None:
+        stats = measured_stats(
+            model, rollout.batch, temperature=scoring.temperature, batch_size=batch_size, progress=progress
+        )
+        logprobs, entropy = stats.logprobs, stats.entropy
+    else:
+        logprobs, entropy = rollout.logprobs, rollout.entropy
+        if progress is not None:
+            progress.advance(len(rollout.batch.prompt_ids))
+    return rank_candidates(rollout, logprobs, entropy, scoring)
+
+
+def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Tensor, scoring: Scoring) -> ScoredRollout:
+    """Token statistics [B, T] -> scores, their errors, the reward of each candidate, advantages and pairs.
+
+    Trimming looks at the scores; the overlong penalty is added to the reward before it is mapped.
+    """
+    batch = rollout.batch
+    groups = (-1, batch.num_generations)
+    scores = _scores(rollout, entropy, scoring)
+    kept = ranking.trim(
+        scores.score.view(groups), scores.valid.view(groups), scoring.trim,
+        mad=scoring.trim_mad, share=scoring.trim_share,
+    )  # fmt: skip
+    errors = ranking.score_standard_errors(
+        entropy, batch.completion_mask, rollout.spans.answer_start, batch.num_generations,
+        final_weight=scoring.final_weight, fork_weight=scoring.fork_weight, top_m=scoring.top_m,
+    )  # fmt: skip
+    wins = ranking.win_probabilities(scores.score.view(groups), errors, kept)
+    strengths = ranking.bradley_terry(wins, kept)
+    rewards = strengths if scoring.ranking == "bradley_terry" else scores.score.double().view(groups)
+    if scoring.overlong_buffer:
+        penalty = overlong_penalty(batch.lengths, scoring.max_completion_length, scoring.overlong_buffer)
+        rewards = rewards + scoring.overlong_penalty * penalty.view(groups)
+    advantages = group_advantages(
+        rewards.flatten().float(), batch.num_generations, valid=kept.flatten(),
+        mapping=scoring.mapping, scale=scoring.scale,
+    )  # fmt: skip
+    pairs = ranking.best_and_worst(rewards, kept)
+    different = torch.tensor([not _same_tokens(batch, *pair) for pair in pairs.tolist()], dtype=torch.bool)
+    return ScoredRollout(
+        rollout=rollout,
+        scores=dataclasses.replace(scores, valid=kept.flatten()),
+        advantages=advantages,
+        logprobs=logprobs,
+        entropy=entropy,
+        rewards=rewards.flatten(),
+        standard_errors=errors.flatten(),
+        strengths=strengths.flatten(),
+        trimmed=scores.valid & ~kept.flatten(),
+        pairs=pairs[different],
+        pairs_decided=ranking.pairs_decided(wins, kept),
+    )
+
+
+def overlong_penalty(lengths: torch.Tensor, max_completion_length: int, buffer: int) -> torch.Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13): lengths [B] -> [B] float64 in [-1, 0].
+
+    0 up to max_completion_length - buffer tokens, then falling linearly to -1 at max_completion_length.
+    """
+    over = lengths.double() - (max_completion_length - buffer)
+    return -(over / buffer).clamp(0, 1)
+
+
+def ranking_metrics(scored: ScoredRollout) -> dict[str, float]:
+    """What a step's metrics say of the ranking; NaN (a share of nothing) is left out."""
+    valid = scored.scores.valid
+    row = {
+        "gem/score_standard_error": float(scored.standard_errors[valid].mean()) if bool(valid.any()) else math.nan,
+        "gem/pairs_decided": scored.pairs_decided,
+        "gem/valid": float(valid.double().mean()),
+        "gem/trimmed": float(scored.trimmed.double().mean()),
+    }
+    row |= {f"gem/answer_span/{name}": rate for name, rate in scored.rollout.spans.hit_rates.items()}
+    return {key: value for key, value in row.items() if not math.isnan(value)}
+
+
+def _scores(rollout: Rollout, entropy: torch.Tensor, scoring: Scoring) -> EntropyScores:
+    scores = entropy_scores(
+        entropy,
+        completion_mask=rollout.batch.completion_mask,
+        answer_start=rollout.spans.answer_start,
+        fork_weight=scoring.fork_weight,
+        top_m=scoring.top_m,
+        no_answer=scoring.no_answer,
+        valid=~rollout.truncated if scoring.mask_truncated else None,
+    )
+    if scoring.final_weight == 1:
+        return scores
+    score = scoring.fork_weight * scores.fork_entropy - scoring.final_weight * scores.final_entropy
+    return dataclasses.replace(scores, score=score)
+
+
+def _same_tokens(batch, one: int, other: int) -> bool:
+    """Equal completions can differ in score by rounding; they make no pair."""
+    return bool(
+        (batch.completion_mask[one] == batch.completion_mask[other]).all()
+        and (batch.completion_ids[one] == batch.completion_ids[other]).all()
+    )

@@ -1,0 +1,68 @@
+"""DPO: a step on pairs of answers, given or made of the best and the worst candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gem.data.batches import TokenizedPair, collate_pairs
+from gem.model.forward import completion_stats
+from gem.parallel import processes
+from gem.scoring.score import ScoredRollout
+from gem.update.optimizer import StepResult, Trainer
+
+
+def dpo_step(
+    trainer: Trainer,
+    pairs: Sequence[TokenizedPair],
+    ref_logprobs: Tensor,
+    *,
+    dpo_beta: float,
+    pad_id: int,
+    micro_batch_size: int,
+    padding_free: bool = False,
+) -> StepResult:
+    """One step on the mean over pairs of -log sigma(dpo_beta * ((lc - lc_ref) - (lr - lr_ref))).
+
+    l are log-probs of whole answers, nats; ref_logprobs [N, 2] (chosen, rejected) those of the starting policy, from
+    `gem.model.forward.pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
+    """
+    order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)))
+    learning_rate = trainer.learning_rate
+    sums = torch.zeros(4, dtype=torch.float64)  # rewards of chosen and rejected, pairs won, ties counting half
+    trainer.model.train()
+    for members, weight in trainer.micro_batches(order, micro_batch_size):
+        batch = collate_pairs([pairs[i] for i in members], pad_id)
+        stats = completion_stats(trainer.model, batch, padding_free=padding_free)
+        logprobs = stats.logprobs.sum(1).view(-1, 2)
+        rewards = dpo_beta * (logprobs - ref_logprobs[members].to(logprobs))
+        margins = rewards[:, 0] - rewards[:, 1]
+        trainer.backward(-weight * F.logsigmoid(margins).sum() / len(pairs))
+        won = (margins.detach().sign() + 1) / 2
+        sums += weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double().cpu()
+    trainer.model.eval()
+    outcome = trainer.step()
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    metrics = {name: value / len(pairs) for name, value in zip(names, processes.sum_over_processes(sums.tolist()))}
+    num_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    return StepResult(
+        outcome.loss, outcome.grad_norm, learning_rate, num_tokens, 2 * len(pairs), outcome.skipped, metrics
+    )
+
+
+def filtered_pairs(scored: ScoredRollout) -> list[TokenizedPair]:
+    """The best and the worst candidate of each group that has two, as chosen and rejected, by the sampler's own ids."""
+    batch = scored.rollout.batch
+
+    def completion(row: int) -> tuple[int, ...]:
+        return tuple(batch.completion_ids[row][batch.completion_mask[row]].tolist())
+
+    pairs = []
+    for best, worst in scored.pairs.tolist():
+        prompt = best // batch.num_generations
+        prompt_ids = tuple(batch.prompt_ids[prompt][batch.prompt_mask[prompt]].tolist())
+        pairs.append(TokenizedPair(prompt_ids, completion(best), completion(worst), None))
+    return pairs

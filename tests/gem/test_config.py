@@ -1,0 +1,139 @@
+"""Configuration: types, ranges, flags over file, nearest names, and the way back from the saved file."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gem.config.read import build_config, commented_config, load_config, parse_flags, save_config
+from gem.config.settings import TrainConfig
+from gem.errors import UserError
+
+NEEDED = {"model": "m", "train_file": "t.jsonl", "output_dir": "o"}
+
+
+def test_flags_stand_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ntrain_file: t.jsonl\noutput_dir: o\nmax_steps: 3\nlearning_rate: 1e-5\n")
+    config = load_config(path, ["--max-steps", "7", "--mask_truncated=true", "--eval_file", "null", "--top_m=4"])
+    assert config.max_steps == 7
+    assert config.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
+    assert config.mask_truncated is True
+    assert config.eval_file is None
+    assert config.top_m == 4 and isinstance(config.top_m, int)
+
+
+def test_a_text_flag_stays_text():
+    assert parse_flags(["--model", "1e3", "--answer_marker", "no"]) == {"model": "1e3", "answer_marker": "no"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lerning_rate": 1.0}, ["lerning_rate", "'learning_rate'"]),
+        ({"max_steps": "many"}, ["max_steps", "int", "'many'"]),
+        ({"max_steps": 2.5}, ["max_steps", "int", "2.5"]),
+        ({"mask_truncated": "yes"}, ["mask_truncated", "bool", "'yes'"]),
+        ({"loss_type": "avg"}, ["loss_type", "sum, mean, token, constant", "'avg'"]),
+        ({"seed": True}, ["seed", "int", "True"]),
+        ({"num_generations": 1}, ["num_generations", "2", "1"]),
+        ({"temperature": -0.5}, ["temperature", "at least 0", "-0.5"]),
+        ({"top_p": 1.5}, ["top_p", "at most 1", "1.5"]),
+        ({"top_m": 1.5}, ["top_m", "1.5"]),
+        ({"max_grad_norm": 0.0}, ["max_grad_norm", "more than 0", "0.0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "finite", "nan"]),
+        ({"model": " "}, ["model", "--model"]),
+    ],
+)
+def test_a_wrong_value_is_named(values, words):
+    with pytest.raises(UserError) as error:
+        build_config({**NEEDED, **values})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_setting_survives_saving(tmp_path):
+    config = build_config({**NEEDED, "top_m": 3, "eval_file": "e.jsonl", "learning_rate": 3e-6, "system_prompt": ""})
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_every_number_has_a_checked_range():
+    """A new numeric setting without a range would let nonsense through: -1 must be refused for each."""
+    for field in dataclasses.fields(TrainConfig):
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            with pytest.raises(UserError, match=field.name):
+                build_config({**NEEDED, field.name: type(field.default)(-1)})
+
+
+def test_flags_need_values():
+    with pytest.raises(UserError, match="--seed"):
+        parse_flags(["--seed"])
+    with pytest.raises(UserError, match="seed"):
+        parse_flags(["seed", "1"])
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: [1,\n")
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(path)
+    with pytest.raises(UserError, match="missing"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_every_setting_is_documented():
+    for field in dataclasses.fields(TrainConfig):
+        assert len(field.metadata["help"]) > 3, field.name
+    assert "gem config" in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+@pytest.mark.parametrize("preset", ["paper", "safe"])
+def test_the_printed_config_reads_back_to_the_preset(preset, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(commented_config(preset))
+    config = load_config(path, ["--model", "m", "--train_file", "t", "--output_dir", "o"])
+    assert config == build_config({**NEEDED, "train_file": "t", "preset": preset})
+    for field in dataclasses.fields(TrainConfig):
+        assert f"\n{field.name}:" in "\n" + path.read_text()
+    with pytest.raises(UserError, match="model"):
+        load_config(path)
+
+
+def test_a_preset_gives_defaults_that_the_file_and_flags_stand_over(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: safe\nmodel: m\ntrain_file: t.jsonl\noutput_dir: o\nbeta: 0.5\n")
+    config = load_config(path, ["--loss_type", "mean"])
+    assert config.loss_type == "mean" and config.beta == 0.5
+    assert config.mask_truncated is True and config.guards != "off"
+    assert build_config(NEEDED) == build_config({**NEEDED, "preset": "paper"})
+    with pytest.raises(UserError, match="paper, safe"):
+        build_config({**NEEDED, "preset": "wild"})
+
+
+def test_lists_of_names():
+    assert build_config({**NEEDED, "report_to": "tensorboard,wandb"}).report_to == ("tensorboard", "wandb")
+    spans = build_config({**NEEDED, "answer_span": ["boxed", "regex:a,b{2}", "last_tokens:8"]}).answer_span
+    assert spans == ("boxed", "regex:a,b{2}", "last_tokens:8")
+    assert build_config({**NEEDED, **parse_flags(["--answer_span=regex:x, y"])}).answer_span == ("regex:x, y",)
+    for wrong in (["boxes"], ["last_tokens:0"], ["regex:("], 3, []):
+        with pytest.raises(UserError, match="answer_span"):
+            build_config({**NEEDED, "answer_span": wrong})
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"epsilon_high": 0.3}, "epsilon"),
+        ({"load_in_4bit": True}, "use_peft"),
+        ({"overlong_buffer": 300, "max_completion_length": 200}, "200"),
+        ({"epsilon": -0.1}, "epsilon"),
+    ],
+)
+def test_settings_that_need_each_other(values, word):
+    with pytest.raises(UserError, match=word):
+        build_config({**NEEDED, **values})
+
+
+def test_off_without_quotes_is_off():
+    assert build_config({**NEEDED, "guards": False}).guards == "off"  # YAML 1.1 reads off as false

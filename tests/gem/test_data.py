@@ -1,0 +1,344 @@
+"""Reading pairs: every kind of bad line is one error with file, line and remedy; prompts, splits and padding."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+import torch
+from helpers import tiny_tokenizer
+
+from gem.config.read import build_config
+from gem.config.settings import DIRECT_SYSTEM_PROMPT
+from gem.data import sources as rows
+from gem.data.answers import answer_finders
+from gem.data.batches import collate
+from gem.data.pairs import PairOptions, load_pairs, load_run_pairs, pair_options, sft_target, split_pairs
+from gem.data.prompts import prompt_format, run_system_prompt
+from gem.data.sources import RowPolicy, read_rows
+from gem.errors import UserError
+
+GOOD = {"prompt": "1 + 1?", "chosen": "Final Answer: 2", "rejected": "Final Answer: 3"}
+
+
+FORM = prompt_format(tiny_tokenizer(), "")
+SKIP = RowPolicy("skip", "skip", "skip")
+
+
+def load(path, context=None, split="train", **options):
+    return load_pairs(path, FORM, context, PairOptions(**options), split)
+
+
+def text(ids):
+    return FORM.tokenizer.decode(ids)
+
+
+def write(path, *lines):
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": "a", ', ["not valid JSON", "one complete JSON object per line"]),
+        (b"\xff\xfe{}", ["UTF-8"]),
+        ([1, 2], ["JSON object is expected", "list"]),
+        ({"prompt": "a", "chosen": "b"}, ['"rejected" is missing', '"prompt", "chosen" and "rejected"']),
+        ({**GOOD, "chosen": "  "}, ['"chosen" is empty', "delete this line"]),
+        ({**GOOD, "chosen": "\ud83d"}, ['"chosen" holds half a character']),
+        ({**GOOD, "rejected": 3}, ['"rejected" must be text', "int"]),
+        ({**GOOD, "rejected": GOOD["chosen"]}, ["same text"]),
+        ({**GOOD, "answer": ""}, ['"answer" is empty']),
+        ({**GOOD, "answer": [1]}, ['"answer" must be', "list"]),
+        ({**GOOD, "prompt": None}, ['"prompt" is empty']),
+        ({**GOOD, "prompt": []}, ['"prompt" is empty']),
+        ({**GOOD, "prompt": [{"role": "user"}]}, ['"prompt" must be text or a list of messages']),
+        ({**GOOD, "prompt": [{"role": "robot", "content": "x"}]}, ['"prompt" has a message of role', "'robot'"]),
+        ({**GOOD, "prompt": [{"role": "user", "content": " "}]}, ['"prompt: content" is empty']),
+        ({**GOOD, "prompt": [{"role": "assistant", "content": "x"}]}, ["must end with a message of the user"]),
+        ({**GOOD, "chosen": [{"role": "assistant", "content": "x"}]}, ["must all be text or all be messages"]),
+        (
+            {"prompt": "q", **{k: [{"role": r, "content": k}] for k, r in (("chosen", "user"), ("rejected", "user"))}},
+            ['"chosen" must be one message of the assistant'],
+        ),
+    ],
+)
+def test_a_bad_line_is_one_error_with_file_line_and_remedy(tmp_path, line, words):
+    path = write(tmp_path / "pairs.jsonl", GOOD, b"", line, {**GOOD, "prompt": "2 + 2?"})
+    with pytest.raises(UserError) as error:
+        load(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:3: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_all_bad_rows_are_in_one_report(tmp_path):
+    """Malformed, duplicate and overlong rows together, in the order of the file, each with its line."""
+    other = {**GOOD, "prompt": "1 + 2?"}
+    path = write(tmp_path / "pairs.jsonl", b"{", GOOD, {**GOOD, "prompt": "x" * 300}, b"[", GOOD, other)
+    with pytest.raises(UserError) as error:
+        load(path, 256, policy=RowPolicy("error", "error", "error"))
+    first, *listed = str(error.value).split("\n")
+    assert first.startswith(f"{path}: 4 of 6 rows cannot be used; correct them, or set")
+    assert "bad_rows: skip, overlong_rows: skip, duplicate_rows: skip" in first
+    assert [line.split(":")[1] for line in listed] == ["1", "3", "4", "5"]
+    assert f"the same pair stands at {path}:2" in listed[3] and "more than the model's context of 256" in listed[1]
+    # The policy of each kind is its own.
+    with pytest.raises(UserError, match=r"2 of 6 rows cannot be used; correct them, or set bad_rows: skip\n"):
+        load(path, 256, policy=RowPolicy("error", "skip", "skip"))
+    pairs, report = load(path, 256, policy=SKIP)
+    assert len(pairs) == 2 and report.counts() == {"bad": 2, "duplicate": 1, "overlong": 1}
+    assert str(report).startswith(f"{path}: left out 4 of 6 rows (2 bad, 1 duplicate, 1 overlong)")
+    assert f"the first: {path}:1: not valid JSON" in str(report)
+    pairs, report = load(path, 512, policy=RowPolicy("skip", "keep", "error"))
+    assert len(pairs) == 4 and report.counts() == {"bad": 2}
+
+
+def test_a_long_report_is_cut_and_says_so(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", *[b"{"] * 60)
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert str(error.value).count("\n") == 51 and str(error.value).endswith("... and 10 more")
+
+
+def test_no_pairs_and_no_file(tmp_path):
+    with pytest.raises(UserError, match="no pairs"):
+        load(write(tmp_path / "empty.jsonl", b""))
+    with pytest.raises(UserError, match=r"no pairs .* left out 1 of 1 rows"):
+        load(write(tmp_path / "bad.jsonl", b"{"), policy=SKIP)
+    with pytest.raises(UserError, match="cannot read"):
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="cannot read"):
+        load("none.jsonl")
+
+
+def test_room_for_sampled_answers_counts(tmp_path):
+    path = write(tmp_path / "p.jsonl", GOOD)
+    length = len(load(path)[0][0].prompt_ids)
+    assert load(path, length + 100, max_completion_length=100)
+    with pytest.raises(UserError, match=rf"p\.jsonl:1: the prompt has {length} tokens .* need up to 101"):
+        load(path, length + 100, max_completion_length=101)
+
+
+def test_answer_may_be_a_number(tmp_path):
+    for given, known in ((2, "2"), (2.5, "2.5"), (float("nan"), None), (None, None), ("two", "two")):
+        assert load(write(tmp_path / "p.jsonl", {**GOOD, "answer": given}))[0][0].answer == known
+
+
+def test_columns_are_mapped(tmp_path):
+    row = {"question": "1 + 1?", "good": "2", "worse": "3", "label": 2, "answer": [0]}
+    path = write(tmp_path / "p.jsonl", row)
+    names = {"prompt": "question", "chosen": "good", "rejected": "worse", "answer": "label"}
+    assert load(path, **names)[0][0].answer == "2"
+    with pytest.raises(UserError, match=r'"good" is missing.*"question", "good" and "worse".*--prompt-column'):
+        load(write(tmp_path / "q.jsonl", GOOD), **names)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+TURNS = [user("Hi"), assistant("Hello"), user("1 + 1?")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TURNS, "chosen": [assistant("2")], "rejected": [assistant("3")]},
+        {"prompt": TURNS, "chosen": "2", "rejected": "3"},
+        {"chosen": [*TURNS, assistant("2")], "rejected": [*TURNS, assistant("3")]},
+        {"prompt": TURNS, "chosen": [*TURNS, assistant("2")], "rejected": [*TURNS, assistant("3")]},
+        {"prompt": "1 + 1?", "chosen": [*TURNS, assistant("2")], "rejected": [*TURNS, assistant("3")]},
+    ],
+)
+def test_chat_messages_in_every_form_are_one_pair(tmp_path, row):
+    pair = load(write(tmp_path / "p.jsonl", row))[0][0]
+    assert text(pair.prompt_ids) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text(pair.chosen_ids) == "2<|im_end|>" and text(pair.rejected_ids) == "3<|im_end|>"
+
+
+def test_messages_that_contradict_the_prompt_are_bad(tmp_path):
+    row = {"prompt": [user("other")], "chosen": [*TURNS, assistant("2")], "rejected": [*TURNS, assistant("3")]}
+    with pytest.raises(UserError, match='begin with other messages than "prompt" has'):
+        load(write(tmp_path / "p.jsonl", row))
+    row = {"prompt": [user("q"), {"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match="role 'system' after the first message"):
+        load(write(tmp_path / "p.jsonl", row))
+
+
+def test_a_system_message_stands_in_place_of_the_configured_prompt():
+    form = prompt_format(tiny_tokenizer(), "Think.")
+    own = (("system", "Mine."), ("user", "Why?"))
+    assert text(form.prompt_ids(own)).startswith("<|im_start|>system\nMine.<|im_end|>\n<|im_start|>user\nWhy?")
+    assert form.prompt_ids((("user", "Why?"),)) == form.prompt_ids("Why?")
+
+
+def test_csv_json_parquet_and_saved_datasets_give_the_same_pairs(tmp_path):
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    table = [{**GOOD, "prompt": f'{i}, "q"\nline?', "answer": str(i) if i else None} for i in range(3)]
+    want = load(write(tmp_path / "p.jsonl", *table))[0]
+    (tmp_path / "p.json").write_text(json.dumps(table))
+    (tmp_path / "lines.json").write_bytes((tmp_path / "p.jsonl").read_bytes())
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "p.parquet")
+    dataset = datasets.Dataset.from_list(table)
+    dataset.to_csv(tmp_path / "p.csv", index=False)
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    for name in ("p.json", "lines.json", "p.parquet", "p.csv", "saved", "splits"):
+        assert load(tmp_path / name)[0] == want, name
+    assert load(tmp_path / "splits", split="test")[0] == want[1:2]
+    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
+        load(tmp_path / "splits", split="dev")
+    with pytest.raises(UserError, match="no saved dataset"):
+        load(tmp_path)
+    places = [row.where for name in ("splits", "p.csv") for row in read_rows(tmp_path / name)]
+    want = [*(f"splits[train] row {i}" for i in range(3)), "p.csv:3", "p.csv:5", "p.csv:7"]
+    assert places == [f"{tmp_path}/{place}" for place in want]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.json", b"[1,", ["p.json:1: not valid JSON"]),
+        ("p.json", b"[1]", ["p.json row 0: a JSON object is expected, got int"]),
+        ("p.csv", b"prompt,chosen,rejected\na,b,c,d\n", ["p.csv:2: 3 cells are expected"]),
+        ("p.csv", b"prompt,chosen,rejected\na,b\n", ['p.csv:2: "rejected" is empty']),
+        ("p.csv", b"prompt,chosen\na,b\n", ['p.csv:2: the key "rejected" is missing']),
+        ("p.csv", b"\xff\xfe", ["not UTF-8"]),
+        ("p.parquet", b"nonsense", ["p.parquet: cannot read it"]),
+    ],
+)
+def test_a_broken_table_is_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_a_hub_dataset_has_configuration_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration=None, split=None):
+        asked.append((name, configuration, split))
+        if split == "dev":
+            raise ValueError("Unknown split 'dev'.")
+        return [GOOD, {**GOOD, "chosen": " "}]
+
+    monkeypatch.setattr(rows, "_datasets", lambda source: types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError, match=r'^org/name:main\[test\[:2\]\] row 1: "chosen" is empty'):
+        load("org/name:main", split="test[:2]")
+    assert len(load("org/name", policy=SKIP)[0]) == 1
+    assert asked == [("org/name", "main", "test[:2]"), ("org/name", None, "train")]
+    with pytest.raises(UserError, match=r"org/name: neither a file .* \(split 'dev'\) .* Unknown split"):
+        load("org/name", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "answer", "target"),
+    [
+        ("2 + 2\nFinal Answer: 4", "4", "2 + 2\nFinal Answer: 4"),
+        ("2 + 2 = 4.\n", "4", "2 + 2 = 4.\nFinal Answer: 4"),
+        ("2 + 2\nis 4.\n", None, "2 + 2\nFinal Answer: is 4."),
+        ("four", None, "Final Answer: four"),
+    ],
+)
+def test_sft_answers_show_their_final_answer(chosen, answer, target):
+    assert sft_target(chosen, answer, PairOptions()) == target
+    last = PairOptions(finders=answer_finders(["marker", "last_sentence"]))
+    assert sft_target(chosen, answer, last) == target  # a position is no mark
+
+
+def test_sft_answers_with_another_mark_are_left_alone():
+    both = PairOptions(finders=answer_finders(["boxed", "marker"]))
+    assert sft_target(r"\boxed{4}", "4", both) == r"\boxed{4}"
+    assert sft_target("4", "4", PairOptions(finders=answer_finders(["boxed"]))) == "4"
+    assert sft_target("4", "4", PairOptions(finders=answer_finders(["marker"], "####"), marker="####")) == "4\n#### 4"
+
+
+def test_without_chain_of_thought_the_answer_alone_is_taught():
+    options = PairOptions(chain_of_thought=False)
+    assert sft_target("2 + 2\nFinal Answer: 4\n", "5", options) == "Final Answer: 4"
+    assert sft_target("2 + 2 = 4", "4", options) == "Final Answer: 4"
+    assert sft_target("2 + 2\n4", None, options) == "Final Answer: 4"
+
+
+def test_answers_without_chain_need_the_marker():
+    config = build_config({"model": "m", "train_file": "t", "output_dir": "o", "answer_span": "boxed"})
+    assert pair_options(config).finders[0].name == "boxed"
+    with pytest.raises(UserError, match="answer_span: expected marker"):
+        pair_options(dataclasses.replace(config, chain_of_thought=False))
+
+
+def test_a_run_reads_its_sources_as_configured(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({**GOOD, "prompt": f"q{i}", "chosen": "2"} for i in range(10)), GOOD, GOOD)
+    config = build_config({"model": "m", "train_file": str(path), "output_dir": "o", "eval_fraction": 0.2})
+    train, held_out, reports = load_run_pairs(config, FORM, None)
+    assert (len(train), len(held_out)) == (9, 2) and [r.counts() for r in reports] == [{"duplicate": 1}]
+    assert text(train[0].sft_ids) == "Final Answer: 2<|im_end|>" and text(train[0].chosen_ids) == "2<|im_end|>"
+    two = dataclasses.replace(config, eval_file=str(path), chain_of_thought=False)
+    assert [len(part) for part in load_run_pairs(two, FORM, None)] == [11, 11, 2]
+    assert run_system_prompt(two) == DIRECT_SYSTEM_PROMPT and run_system_prompt(config) == config.system_prompt
+
+
+def test_prompts_follow_the_chat_template_and_answers_close_the_turn():
+    tokenizer = tiny_tokenizer()
+    form = prompt_format(tokenizer, "Think.")
+    assert tokenizer.decode(form.prompt_ids("Why?")) == (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(form.answer_ids("So.")) == "So.<|im_end|>"
+
+
+def test_the_template_and_not_eos_says_how_a_turn_ends():
+    """Base models keep <|endoftext|> as eos while their chat template closes turns with another token."""
+    tokenizer = tiny_tokenizer()
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<pad>"
+    assert prompt_format(tokenizer, "").end_of_turn == end_of_turn
+
+
+def test_a_template_without_system_role_gets_the_system_prompt_in_the_question():
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = tiny_tokenizer(template + "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    assert tokenizer.decode(prompt_format(tokenizer, "Think.").prompt_ids("Why?")) == (
+        "<|im_start|>Think.\n\nWhy?<|im_end|>"
+    )
+
+
+def test_without_a_template_the_format_is_plain():
+    tokenizer = tiny_tokenizer(chat_template=None)
+    form = prompt_format(tokenizer, "Think.")
+    assert tokenizer.decode(form.prompt_ids("Why?")) == "Think.\n\nQuestion: Why?\nAnswer:\n"
+    assert form.end_of_turn == tokenizer.eos_token_id
+
+
+def test_the_split_keeps_a_prompt_on_one_side(tmp_path):
+    table = [{**GOOD, "prompt": f"q{i // 2}", "chosen": f"c{i}"} for i in range(20)]
+    train, held = split_pairs(load(write(tmp_path / "p.jsonl", *table))[0], 0.3, seed=1)
+    assert len(held) == 6 and len(train) == 14
+    assert not {p.prompt_ids for p in train} & {p.prompt_ids for p in held}
+    assert split_pairs([*train, *held], 0.3, seed=1)[1] == sorted(held, key=[*train, *held].index)
+
+
+def test_padding_is_left_for_prompts_and_right_for_completions():
+    batch = collate([[1, 2, 3], [4]], [[5], [6, 7], [8, 9, 10], [11]], pad_id=0)
+    assert batch.num_generations == 2
+    assert batch.prompt_ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert batch.prompt_mask.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.completion_ids.tolist() == [[5, 0, 0], [6, 7, 0], [8, 9, 10], [11, 0, 0]]
+    assert batch.lengths.tolist() == [1, 2, 3, 1]
+    part = batch.select_prompts(0, 1)
+    assert part.completion_ids.tolist() == [[5, 0], [6, 7]] and torch.equal(part.prompt_ids, batch.prompt_ids[:1])
+    assert batch.select_prompts(1, 2).prompt_ids.tolist() == [[4]]
