@@ -14,6 +14,7 @@ TREE = """
     policy reference few_rows rollout vllm ranking filtering
     update measures evaluate guards
     tracking reports session stages safeguards train
+    report.records report.charts report.views report.page
     scorefile demo cli __main__
 """
 ORDER = TREE.split()
