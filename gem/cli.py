@@ -1,4 +1,4 @@
-"""The command line: gem train | score | evaluate | config | data | demo. A user's mistake ends with exit code 2."""
+"""The command line: gem train | score | evaluate | report | config | data | demo. A user's mistake exits with 2."""
 
 from __future__ import annotations
 
@@ -200,6 +200,17 @@ def evaluate_command(
         print(json.dumps(evaluation_metrics(result)))
     else:
         Console().print(evaluation_table({"value": result}))
+
+
+@app.command("report")
+def report_command(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_SCORES", help="A run's directory, JSONL, or score.json.")],
+    out: Annotated[Path, typer.Option(help="The page; replaced if it is there.")] = Path("page.html"),
+) -> None:
+    """Show a run, scored completions or a calibrated score as one HTML page that needs nothing else."""
+    from gem.report.page import write_report
+
+    Console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("config")
