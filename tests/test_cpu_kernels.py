@@ -369,7 +369,7 @@ def test_no_compiler_falls_back_with_one_warning(fresh_build, monkeypatch):
 def test_failed_build_says_what_the_compiler_said(fresh_build, monkeypatch, tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("this is not C++;")
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCES", (source,))
     with pytest.warns(RuntimeWarning, match="plain torch is used"):
         assert build.load() is None
     assert build.reason()
@@ -418,8 +418,8 @@ def test_processes_that_build_at_once(fresh_build):
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
 def test_a_damaged_library_is_built_again(fresh_build):
     fresh_build.mkdir(mode=0o700)
-    key = build._key(build.SOURCE.read_bytes(), build.find_compiler())
-    (fresh_build / f"row_stats-{key}.so").write_bytes(b"truncated")
+    key = build._key(build.read_sources(), build.find_compiler())
+    (fresh_build / f"kernels-{key}.so").write_bytes(b"truncated")
     assert build.load() is not None
 
 

@@ -14,7 +14,14 @@ import torch
 from truth import BACKENDS, make
 
 import gem_kernels
-from gem_kernels import entropy_scores, fused_entropy_score, group_advantages, sega_loss, token_stats
+from gem_kernels import (
+    completion_features,
+    entropy_scores,
+    fused_entropy_score,
+    group_advantages,
+    sega_loss,
+    token_stats,
+)
 
 INNER = {"triton": "triton", "torch": "torch", "auto": "cpu"}  # as the operators are told
 each_backend = pytest.mark.parametrize("backend", [INNER[b] for b in BACKENDS])
@@ -49,12 +56,14 @@ def test_opcheck_row_stats(case, backend, device):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_opcheck_span_scores(layout, backend, device):
     start, valid = torch.tensor([2, 9], device=device), torch.tensor([True, False], device=device)
+    weights = [-1.0, 1.0, *[0.0] * 6, 0.5]
     if layout == "padded":
         entropy, mask = torch.rand(2, 7, device=device), torch.ones(2, 7, dtype=torch.bool, device=device)
-        args = (entropy, mask, None, start, valid, 1.0, 1, 10, False, backend)
+        args = (entropy, None, mask, None, start, valid, weights, 1, 10, False, backend)
     else:
         offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
-        args = (torch.rand(9, device=device), None, offsets, start, None, 1.0, 3, 0, True, backend)
+        entropy, logprobs = torch.rand(2, 9, device=device).unbind()
+        args = (entropy, logprobs, None, offsets, start, None, weights, 3, 0, True, backend)
     opcheck(ops.span_scores.default, args)
 
 
@@ -142,6 +151,9 @@ VALID = torch.ones(2, dtype=torch.bool)
 GOOD = {
     token_stats: {"logits": LOGITS, "targets": TARGETS},
     entropy_scores: {"entropy": ENTROPY, "completion_mask": MASK, "answer_start": START},
+    completion_features: {
+        "entropy": ENTROPY, "logprobs": -ENTROPY, "completion_mask": MASK, "answer_start": START,
+    },
     group_advantages: {"scores": torch.rand(2), "group_size": 2},
     fused_entropy_score: {
         "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
@@ -150,7 +162,13 @@ GOOD = {
         "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
     },
 }  # fmt: skip
-PACKED = {"completion_mask": None, "logits": LOGITS[0], "targets": TARGETS[0], "entropy": ENTROPY[0]}
+PACKED = {
+    "completion_mask": None,
+    "logits": LOGITS[0],
+    "targets": TARGETS[0],
+    "entropy": ENTROPY[0],
+    "logprobs": -ENTROPY[0],
+}
 
 
 def int32(*values):
@@ -200,6 +218,9 @@ BAD = {
         (ENTROPY[0], r"\(6,\)"),
         (torch.tensor(1.0), r"\(\)"),
         (torch.rand(2, 6, 1), r"\(2, 6, 1\)"),
+    ],
+    "logprobs": [
+        ([1.0], "list"), (ENTROPY.long(), "int64"), (ENTROPY[0], r"\(6,\)"), (ENTROPY.to("meta"), "meta"),
     ],
     "completion_mask": [
         (None, "neither"),

@@ -1,4 +1,4 @@
-"""Compiles row_stats.cpp on first use and keeps the library in a private cache folder.
+"""Compiles the C++ sources beside it on first use and keeps the library in a private cache folder.
 
 Nothing happens at import. `load()` returns the library, or None where there is no working compiler; `reason()` then
 says why, and one RuntimeWarning has said it. Environment:
@@ -30,7 +30,8 @@ import threading
 import warnings
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("row_stats.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_stats.cpp", "span_scores.cpp"))
+FUNCTIONS = ("gem_row_stats_forward", "gem_row_stats_backward", "gem_span_scores")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 COMPILE_TIMEOUT_SECONDS = 300
 
@@ -95,13 +96,17 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler found: tried $CXX, c++, g++, clang++")
 
 
+def read_sources() -> bytes:
+    return b"\0".join(path.read_bytes() for path in SOURCES)
+
+
 def _build_and_open() -> ctypes.CDLL:
     if sys.platform == "win32":
         raise BuildError("not supported on Windows")
     compiler = find_compiler()
-    source = SOURCE.read_bytes()
+    source = read_sources()
     folder = _private_folder(cache_folder())
-    path = folder / f"row_stats-{_key(source, compiler)}.so"
+    path = folder / f"kernels-{_key(source, compiler)}.so"
     if path.exists():
         try:
             return _open(path)
@@ -151,7 +156,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         # Some compilers know no -march=native for their target: then without.
         attempts = [FLAGS, tuple(flag for flag in FLAGS if flag != "-march=native")]
         for flags in attempts:
-            command = [*compiler, *flags, str(SOURCE), "-o", temporary]
+            command = [*compiler, *flags, *map(str, SOURCES), "-o", temporary]
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_SECONDS
             )
@@ -166,7 +171,7 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))  # CDLL calls release the interpreter lock
-    for name in ("gem_row_stats_forward", "gem_row_stats_backward"):
+    for name in FUNCTIONS:
         function = getattr(library, name)
         function.argtypes = [ctypes.c_void_p]
         function.restype = None

@@ -25,15 +25,13 @@ NO_TARGET, one that is elsewhere, gives a log-prob of NaN and a gradient without
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ..types import NO_TARGET
 from . import build
+from .threads import run_on_threads
 
 RowStats = tuple[Tensor, Tensor, Tensor, Tensor]
 """(logprobs, entropy, row_max, log_sum), all [N] float32."""
@@ -162,34 +160,8 @@ def backward(
     _run(build.load().gem_row_stats_backward, rows)
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_pid = 0
-_pool_lock = threading.Lock()
-
-
-def _executor() -> ThreadPoolExecutor:
-    """Made on first use, and again in a forked child, where the parent's threads do not exist."""
-    global _pool, _pool_pid
-    if _pool is None or _pool_pid != os.getpid():
-        with _pool_lock:
-            if _pool is None or _pool_pid != os.getpid():
-                workers = max(os.cpu_count() or 1, torch.get_num_threads())
-                _pool, _pool_pid = ThreadPoolExecutor(workers, thread_name_prefix="gem_kernels"), os.getpid()
-    return _pool
-
-
 def _run(function, rows: _Rows) -> None:
-    """Calls `function` on torch.get_num_threads() threads, this one included; they share a counter of rows."""
-    counter = ctypes.c_int64(0)
-    rows.next = ctypes.addressof(counter)
-    address = ctypes.addressof(rows)
-    threads = min(torch.get_num_threads(), rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD)
-    others = [_executor().submit(function, address) for _ in range(threads - 1)]
-    try:
-        function(address)
-    finally:
-        for other in others:
-            other.result()
+    run_on_threads(function, rows, min(rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD))
 
 
 # Plain torch.

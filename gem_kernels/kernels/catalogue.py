@@ -19,6 +19,9 @@ ROW = {
     "stride_inner": "i64",
     "ignore_index": "i32",
 }
+FEATURE_WEIGHTS = (
+    "final", "fork", "reasoning", "mean", "max", "mean_logprob", "sum_logprob", "min_logprob", "length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,18 @@ def kernels() -> list[KernelSpec]:
                     "ok_ptr": "*i8",
                     "N": "i32",
                     "T": "i32",
-                    "fork_weight": "fp32",
                     "top_numerator": "i64",
                     "top_denominator": "i64",
-                    **dict.fromkeys(("score_ptr", "final_ptr", "fork_ptr"), "*fp32"),
+                    **dict.fromkeys(("logprobs_ptr", "features_ptr", "score_ptr"), "*fp32"),
+                    **{f"w_{name}": "fp32" for name in FEATURE_WEIGHTS},
                 },
-                {"PACKED": packed, "EXCLUDE": packed, "HAS_VALID": packed, "BLOCK": span_scores.BLOCK},
+                {
+                    "PACKED": packed,
+                    "EXCLUDE": packed,
+                    "HAS_VALID": packed,
+                    "HAS_LOGPROBS": packed,
+                    "BLOCK": span_scores.BLOCK,
+                },
             )
         )
     for mapping, name in enumerate(("identity", "softmax", "rank")):

@@ -1,7 +1,8 @@
-"""Entropies [tokens] -> the score of each sequence; scores -> group advantages.
+"""Entropies and log-probs [tokens] -> features and score of each sequence; scores -> group advantages.
 
     final = mean H over the answer span      fork = mean of the m largest H of the reasoning span
-    S = -final + fork_weight * fork          A_i = f(S_i) - mean f(S), over the valid members of the group
+    S = sum_f w_f x_f (the paper: -final + fork_weight * fork)
+    A_i = f(S_i) - mean f(S), over the valid members of the group
 
 The m-th largest is found by radix selection: four passes of 8 bits over the sequence (it stays in the L2 cache), each
 a histogram of the values that share the digits found so far. Then sum of all above it, plus it for the rest: exact,
@@ -89,41 +90,65 @@ def _mean_of_top(entropy_ptr, mask_ptr, o_row, first, answer, length, m, PACKED:
     return (tl.sum(above, 0) + wanted.to(tl.float32) * _unordered(prefix)) / m.to(tl.float32)
 
 
+@triton.jit
+def _or_nan(value, witness):
+    """`value`, or NaN where the witness is NaN: maxima and minima pass a NaN over."""
+    return tl.where(witness != witness, witness, value)
+
+
+@triton.jit
+def _weighted(weight, feature):
+    """weight * feature; 0 where the weight is 0, whatever the feature."""
+    return tl.where(weight == 0.0, 0.0, weight * feature)
+
+
 @triton.jit(
     do_not_specialize=["N", "T", "top_numerator", "top_denominator"],
     do_not_specialize_on_alignment=[
         "entropy_ptr",
+        "logprobs_ptr",
         "mask_ptr",
         "cu_seqlens_ptr",
         "answer_start_ptr",
         "valid_ptr",
+        "features_ptr",
         "score_ptr",
-        "final_ptr",
-        "fork_ptr",
         "ok_ptr",
     ],
 )
 def span_scores(
     entropy_ptr,
+    logprobs_ptr,
     mask_ptr,
     cu_seqlens_ptr,
     answer_start_ptr,
     valid_ptr,
+    features_ptr,
     score_ptr,
-    final_ptr,
-    fork_ptr,
     ok_ptr,
     N,
     T,
-    fork_weight,
+    w_final,
+    w_fork,
+    w_reasoning,
+    w_mean,
+    w_max,
+    w_mean_logprob,
+    w_sum_logprob,
+    w_min_logprob,
+    w_length,
     top_numerator: tl.int64,
     top_denominator: tl.int64,
     PACKED: tl.constexpr,
     EXCLUDE: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_LOGPROBS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (B,). m = max(1, top_numerator * n // top_denominator), or top_numerator where the denominator is 0."""
+    """Grid (B,). m = max(1, top_numerator * n // top_denominator), or top_numerator where the denominator is 0.
+
+    features [9, B], in the order of the weights; those of the log-probs are 0 without them.
+    """
     i = tl.program_id(0)
     if PACKED:
         # Clamped: offsets that are wrong give a wrong score, but never read outside the N entropies.
@@ -141,15 +166,26 @@ def span_scores(
 
     lanes = tl.arange(0, BLOCK)
     sum_final = tl.zeros([BLOCK], tl.float32)
+    sum_before = tl.zeros([BLOCK], tl.float32)
     n_final = tl.zeros([BLOCK], tl.int32)
     n_reasoning = tl.zeros([BLOCK], tl.int32)
+    largest = tl.full([BLOCK], -INF, tl.float32)
+    sum_logprobs = tl.zeros([BLOCK], tl.float32)
+    smallest = tl.full([BLOCK], INF, tl.float32)
     for offset in range(first, end, BLOCK):
         position = offset + lanes
         counted = _counted(mask_ptr, o_row, position, length, PACKED) & (position < end)
-        in_answer = counted & (position >= answer)
-        sum_final += tl.load(entropy_ptr + o_row + position, mask=in_answer, other=0.0)
-        n_final += in_answer.to(tl.int32)
+        in_answer = position >= answer
+        h = tl.load(entropy_ptr + o_row + position, mask=counted, other=0.0)
+        sum_final += tl.where(in_answer, h, 0.0)
+        sum_before += tl.where(in_answer, 0.0, h)
+        n_final += (counted & in_answer).to(tl.int32)
         n_reasoning += (counted & (position < answer)).to(tl.int32)
+        largest = tl.maximum(largest, tl.where(counted, h, -INF))
+        if HAS_LOGPROBS:
+            logprob = tl.load(logprobs_ptr + o_row + position, mask=counted, other=0.0)
+            sum_logprobs += logprob
+            smallest = tl.minimum(smallest, tl.where(counted, logprob, INF))
     n_answer = tl.sum(n_final, 0)
     n_before = tl.sum(n_reasoning, 0)
 
@@ -158,19 +194,41 @@ def span_scores(
         ok = ok & found
     if HAS_VALID:
         ok = ok & (tl.load(valid_ptr + i).to(tl.int32) != 0)
-    final = 0.0
-    fork = 0.0
+    x_final, x_fork, x_reasoning, x_mean, x_max = 0.0, 0.0, 0.0, 0.0, 0.0
+    x_mean_logprob, x_sum_logprob, x_min_logprob, x_length = 0.0, 0.0, 0.0, 0.0
     if ok:
-        final = tl.sum(sum_final, 0) / n_answer.to(tl.float32)
+        x_length = (n_answer + n_before).to(tl.float32)
+        answer_sum = tl.sum(sum_final, 0)
+        before_sum = tl.sum(sum_before, 0)
+        x_final = answer_sum / n_answer.to(tl.float32)
+        x_mean = (answer_sum + before_sum) / x_length
+        x_max = _or_nan(tl.max(largest, 0), x_mean)
+        if HAS_LOGPROBS:
+            x_sum_logprob = tl.sum(sum_logprobs, 0)
+            x_mean_logprob = x_sum_logprob / x_length
+            x_min_logprob = _or_nan(tl.min(smallest, 0), x_sum_logprob)
         if n_before > 0:
+            x_reasoning = before_sum / n_before.to(tl.float32)
             if top_denominator == 0:
                 m = tl.minimum(top_numerator, n_before.to(tl.int64))
             else:
                 m = tl.maximum(top_numerator * n_before // top_denominator, 1)
-            fork = _mean_of_top(entropy_ptr, mask_ptr, o_row, first, answer, length, m, PACKED, BLOCK)
-    tl.store(final_ptr + i, final)
-    tl.store(fork_ptr + i, fork)
-    tl.store(score_ptr + i, fork_weight * fork - final)
+            x_fork = _mean_of_top(entropy_ptr, mask_ptr, o_row, first, answer, length, m, PACKED, BLOCK)
+    score = _weighted(w_final, x_final) + _weighted(w_fork, x_fork) + _weighted(w_reasoning, x_reasoning)
+    score += _weighted(w_mean, x_mean) + _weighted(w_max, x_max) + _weighted(w_length, x_length)
+    score += _weighted(w_mean_logprob, x_mean_logprob) + _weighted(w_sum_logprob, x_sum_logprob)
+    score += _weighted(w_min_logprob, x_min_logprob)
+    B = tl.num_programs(0).to(tl.int64)
+    tl.store(features_ptr + i, x_final)
+    tl.store(features_ptr + B + i, x_fork)
+    tl.store(features_ptr + 2 * B + i, x_reasoning)
+    tl.store(features_ptr + 3 * B + i, x_mean)
+    tl.store(features_ptr + 4 * B + i, x_max)
+    tl.store(features_ptr + 5 * B + i, x_mean_logprob)
+    tl.store(features_ptr + 6 * B + i, x_sum_logprob)
+    tl.store(features_ptr + 7 * B + i, x_min_logprob)
+    tl.store(features_ptr + 8 * B + i, x_length)
+    tl.store(score_ptr + i, score)
     tl.store(ok_ptr + i, ok.to(tl.int8))
 
 
