@@ -5,12 +5,13 @@
 //     mean, sum, min of the log-probabilities, and the number of counted tokens
 //     score = sum over features of weight * feature, features of weight 0 left out
 //
-// One pass over the tokens and one std::nth_element (expected linear time) over a copy of the reasoning span. Sums are
+// One pass over the tokens, and a selection (expected linear time) in a copy of the reasoning span. Sums are
 // double. A NaN makes NaN of what is made from it, in its own completion only.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -44,12 +45,40 @@ struct GemSpans {
 
 namespace {
 
-// Mean of the m largest of `values`, which it reorders.
+// Keys of the same order as the numbers: all bits of a negative are flipped, the sign bit of a positive.
+inline uint32_t ordered(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+constexpr int DIGIT_SHIFT = 21; // the upper 11 bits: sign, exponent and three of the fraction
+constexpr int BINS = 1 << (32 - DIGIT_SHIFT);
+constexpr int64_t SHORT = 64; // below, a histogram costs more than it saves
+
+// Mean of the m largest of `values`, which it reorders. A histogram of the upper digit finds the bin of the m-th
+// largest; all above that bin count, and nth_element looks at that bin alone.
 double mean_of_top(std::vector<float> &values, int64_t m) {
-    if (m < (int64_t)values.size())
-        std::nth_element(values.begin(), values.begin() + (m - 1), values.end(), std::greater<float>());
     double sum = 0;
-    for (int64_t k = 0; k < m; ++k)
+    int64_t wanted = m, n = (int64_t)values.size();
+    if (n > SHORT && m < n) {
+        uint32_t histogram[BINS] = {};
+        for (float x : values)
+            ++histogram[ordered(x) >> DIGIT_SHIFT];
+        uint32_t bin = BINS - 1;
+        for (int64_t above = 0; (above += histogram[bin]) < m; --bin)
+            wanted = m - above;
+        n = 0;
+        for (float x : values) {
+            const uint32_t digit = ordered(x) >> DIGIT_SHIFT;
+            sum += digit > bin ? (double)x : 0.0;
+            values[n] = x; // kept where it is of the bin; writes never pass the read
+            n += digit == bin;
+        }
+    }
+    if (wanted < n)
+        std::nth_element(values.begin(), values.begin() + (wanted - 1), values.begin() + n, std::greater<float>());
+    for (int64_t k = 0; k < wanted; ++k)
         sum += values[k];
     return sum / (double)m;
 }
