@@ -40,7 +40,7 @@ def span_scores_op(
         args = (entropy, completion_mask, cu_seqlens, answer_start, valid)
         return _span_scores_torch(*args, fork_weight, top_numerator, top_denominator, exclude)
 
-    from .kernels import span_scores as kernels
+    from .backends.triton import span_scores as kernels
 
     B = answer_start.shape[0]
     score, final, fork = (torch.empty(B, dtype=torch.float32, device=entropy.device) for _ in range(3))
@@ -197,7 +197,7 @@ def group_advantages_op(
     if backend != "triton":
         return _group_advantages_torch(scores, group_size, valid, mapping, scale, eps)
 
-    from .kernels import span_scores as kernels
+    from .backends.triton import span_scores as kernels
 
     advantages = torch.empty_like(scores)
     if scores.numel() == 0:

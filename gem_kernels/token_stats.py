@@ -68,7 +68,7 @@ def _triton_options(rows: Tensor, softcap: float | None, temperatures: Tensor | 
 
 
 def _forward_triton(rows, targets, temperature, temperatures, softcap, ignore_index, splits=None):
-    from .kernels import row_stats
+    from .backends.triton import row_stats
 
     R1, R2, V = rows.shape
     N = R1 * R2
@@ -105,7 +105,7 @@ def _forward_triton(rows, targets, temperature, temperatures, softcap, ignore_in
 
 def _backward_triton(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, splits=None):
     """stats: row_max, log_sum, entropy, grad_logprobs, grad_entropy, each [N] float32. Writes `grad`."""
-    from .kernels import row_stats
+    from .backends.triton import row_stats
 
     R1, R2, V = rows.shape
     N = R1 * R2
@@ -147,7 +147,7 @@ def rows_forward(rows, targets, temperature, temperatures, softcap, ignore_index
     """[R1, R2, V] (see row_view), targets [N] int64 -> logprobs, entropy, row_max, log_sum [N]. Nothing is checked."""
     if backend == "triton":
         return _forward_triton(rows, targets, temperature, temperatures, softcap, ignore_index)
-    from .cpu import row_stats as cpu
+    from .backends.cpu import row_stats as cpu
 
     tau = temperature if temperatures is None else temperatures
     return cpu.row_stats_forward(rows, targets, tau, softcap, ignore_index, compiled=backend == "cpu")
@@ -161,7 +161,7 @@ def rows_backward(grad, rows, targets, temperature, temperatures, softcap, ignor
     if backend == "triton":
         _backward_triton(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats)
         return
-    from .cpu import row_stats as cpu
+    from .backends.cpu import row_stats as cpu
 
     tau = temperature if temperatures is None else temperatures
     cpu.row_stats_backward(grad, rows, targets, tau, softcap, ignore_index, *stats, compiled=backend == "cpu")

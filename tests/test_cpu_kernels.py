@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_kernels import reference
-from gem_kernels.cpu import build, row_stats
+from gem_kernels.backends.cpu import build, row_stats
 
 IGNORE = -100
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

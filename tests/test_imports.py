@@ -16,11 +16,11 @@ PACKAGE = "gem_kernels"
 ORDER = [
     "types",
     "reference",
-    "kernels.row_stats",
-    "kernels.span_scores",
-    "kernels.catalogue",
-    "cpu.build",
-    "cpu.row_stats",
+    "backends.triton.row_stats",
+    "backends.triton.span_scores",
+    "backends.triton.catalogue",
+    "backends.cpu.build",
+    "backends.cpu.row_stats",
     "arguments",
     "token_stats",
     "active_vocab",
@@ -93,14 +93,14 @@ def test_a_file_imports_only_from_files_above_it():
 
 
 def test_the_rule_sees_every_spelling():
-    names = {"types", "scores", "kernels.row_stats", "token_stats"}
+    names = {"types", "scores", "backends.triton.row_stats", "token_stats"}
     path = ROOT / "gem_kernels" / "scores.py"
     for line, target in {
         "from .types import X": "types",
         "from . import types": "types",
-        "def f():\n    from .kernels import row_stats": "kernels.row_stats",
+        "def f():\n    from .backends.triton import row_stats": "backends.triton.row_stats",
         "import gem_kernels.token_stats": "token_stats",
-        "from gem_kernels.kernels.row_stats import f": "kernels.row_stats",
+        "from gem_kernels.backends.triton.row_stats import f": "backends.triton.row_stats",
         "from gem_kernels import token_stats": "token_stats",
         "import torch": None,
     }.items():

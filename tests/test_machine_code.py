@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
-KERNELS = ROOT / "gem_kernels" / "kernels"
+KERNELS = ROOT / "gem_kernels" / "backends" / "triton"
 
 
 def python(*arguments: str) -> str:
@@ -84,7 +84,7 @@ def launched() -> set[str]:
 def test_the_catalogue_covers_every_kernel_that_is_launched():
     listed = python(
         "-c",
-        "from gem_kernels.kernels import catalogue\nprint(*{s.kernel.fn.__name__ for s in catalogue.kernels()})",
+        "from gem_kernels.backends.triton.catalogue import kernels\nprint(*{s.kernel.fn.__name__ for s in kernels()})",
     )
     assert len(launched()) >= 5
     assert launched() == set(listed.split())
@@ -96,7 +96,7 @@ def test_the_catalogue_covers_every_kernel_that_is_launched():
 
 RUNTIME_ARGUMENTS = """
 import json
-from gem_kernels.kernels import row_stats, span_scores
+from gem_kernels.backends.triton import row_stats, span_scores
 for module in (row_stats, span_scores):
     for name, kernel in vars(module).items():
         if hasattr(kernel, "params") and not name.startswith("_"):

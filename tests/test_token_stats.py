@@ -346,7 +346,7 @@ def test_without_grad_nothing_is_kept(backend, device):
 @pytest.mark.parametrize("splits,softcap", [(2, None), (3, 4.0), (7, None)])
 def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device):
     """Blocks of 256, so that 1,501 columns are several to a split, unevenly, and some splits have none."""
-    from gem_kernels.kernels import row_stats
+    from gem_kernels.backends.triton import row_stats
 
     align = 16 // dtype.itemsize
     monkeypatch.setattr(row_stats, "launch_options", lambda V, size: row_stats.Launch(256, 32 * align, align, 1))

@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 
 import gem_kernels as gk
 from gem_kernels import reference
-from gem_kernels.cpu import build
-from gem_kernels.cpu import row_stats as cpu
+from gem_kernels.backends.cpu import build
+from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.types import NO_TARGET
 
 WORLD = 4

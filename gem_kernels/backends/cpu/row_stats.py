@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..types import NO_TARGET
+from ...types import NO_TARGET
 from . import build
 
 RowStats = tuple[Tensor, Tensor, Tensor, Tensor]
