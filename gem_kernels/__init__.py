@@ -17,9 +17,9 @@ Importing this looks at no device, compiles nothing and needs torch alone; Trito
 
 from .linear_head import linear_token_stats
 from .linear_losses import fused_linear_policy_loss, fused_linear_sega_loss
+from .logit_stats import token_stats
 from .losses import sega_loss
 from .scores import entropy_scores, fused_entropy_score, fused_linear_entropy_score, group_advantages
-from .token_stats import token_stats
 from .types import EntropyScoreOutput, EntropyScores, PolicyLossOutput, SegaOutput, TokenStats
 
 __all__ = [

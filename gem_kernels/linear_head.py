@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import arguments, vocab_parallel
 from .active_vocab import ActiveProducts, Report, check_threshold
-from .token_stats import check_values, rows_backward, rows_forward
+from .backends.rows import check_values, rows_backward, rows_forward
 from .types import TokenStats
 
 WORKSPACE_BYTES = 128 * 2**20

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .backends.cpu import span_scores as cpu
 from .linear_head import linear_token_stats
-from .token_stats import token_stats
+from .logit_stats import token_stats
 from .types import EntropyScoreOutput, EntropyScores, TokenStats
 
 MAPPINGS = ("identity", "softmax", "rank")
@@ -36,80 +37,19 @@ def span_scores_op(
         steps = cu_seqlens[1:] - cu_seqlens[:-1]
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != entropy.shape[0] or bool((steps < 0).any()):
             arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
+    args = (entropy, completion_mask, cu_seqlens, answer_start, valid)
     if backend != "triton":
-        args = (entropy, completion_mask, cu_seqlens, answer_start, valid)
-        return _span_scores_torch(*args, fork_weight, top_numerator, top_denominator, exclude)
+        return cpu.span_scores(*args, fork_weight, top_numerator, top_denominator, exclude)
 
-    from .backends.triton import span_scores as kernels
+    from .backends.triton import launch
 
-    B = answer_start.shape[0]
-    score, final, fork = (torch.empty(B, dtype=torch.float32, device=entropy.device) for _ in range(3))
-    ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
-    if B == 0:
-        return score, final, fork, ok
-    mask = None if completion_mask is None else completion_mask.contiguous().view(torch.int8)
-    with torch.cuda.device_of(entropy):
-        kernels.span_scores[(B,)](
-            entropy.contiguous(),
-            mask,
-            None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
-            answer_start.to(torch.int64).contiguous(),
-            None if valid is None else valid.contiguous().view(torch.int8),
-            score,
-            final,
-            fork,
-            ok.view(torch.int8),
-            entropy.numel(),
-            entropy.shape[-1],
-            fork_weight,
-            top_numerator,
-            top_denominator,
-            PACKED=cu_seqlens is not None,
-            EXCLUDE=exclude,
-            HAS_VALID=valid is not None,
-            BLOCK=kernels.BLOCK,
-            num_warps=8,
-        )
-    return score, final, fork, ok
+    return launch.span_scores(*args, fork_weight, top_numerator, top_denominator, exclude)
 
 
 @span_scores_op.register_fake
 def _(entropy, completion_mask, cu_seqlens, answer_start, valid, *args):
     values = [torch.empty(answer_start.shape, dtype=torch.float32, device=entropy.device) for _ in range(3)]
     return (*values, torch.empty(answer_start.shape, dtype=torch.bool, device=entropy.device))
-
-
-def _span_scores_torch(
-    entropy, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_numerator, top_denominator, exclude
-):
-    """One sequence after the other, the top m by `torch.topk` (a selection). On a GPU this waits for the device."""
-    starts = answer_start.tolist()
-    usable = [True] * len(starts) if valid is None else valid.tolist()
-    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-    score, final, fork = torch.zeros(3, len(starts), dtype=torch.float64).unbind()
-    ok = torch.zeros(len(starts), dtype=torch.bool)
-    for i, start in enumerate(starts):
-        if offsets is not None:
-            values, counted = entropy[offsets[i] : offsets[i + 1]], None
-        else:
-            positions = completion_mask[i].nonzero()[:, 0]
-            first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
-            values, counted = entropy[i, first:end], completion_mask[i, first:end]
-        n = values.shape[0]
-        found = 0 <= start < n
-        start = start if found else 4 * n // 5
-        answer, reasoning = values[start:], values[:start]
-        if counted is not None and len(positions) < n:
-            answer, reasoning = answer[counted[start:]], reasoning[counted[:start]]
-        if not usable[i] or len(answer) == 0 or (exclude and not found):
-            continue
-        ok[i] = True
-        final[i] = answer.double().mean()
-        if len(reasoning):
-            m = top_numerator * len(reasoning) // top_denominator if top_denominator else top_numerator
-            fork[i] = reasoning.topk(min(max(m, 1), len(reasoning)), sorted=False).values.double().mean()
-        score[i] = fork_weight * fork[i] - final[i]
-    return (*tuple(x.to(entropy.device, torch.float32) for x in (score, final, fork)), ok.to(entropy.device))
 
 
 def entropy_scores(
@@ -195,54 +135,16 @@ def group_advantages_op(
     backend: str,
 ) -> Tensor:
     if backend != "triton":
-        return _group_advantages_torch(scores, group_size, valid, mapping, scale, eps)
+        return cpu.group_advantages(scores, group_size, valid, mapping, scale, eps)
 
-    from .backends.triton import span_scores as kernels
+    from .backends.triton import launch
 
-    advantages = torch.empty_like(scores)
-    if scores.numel() == 0:
-        return advantages
-    with torch.cuda.device_of(scores):
-        kernels.group_advantages[(scores.shape[0] // group_size,)](
-            advantages,
-            scores,
-            None if valid is None else valid.contiguous().view(torch.int8),
-            group_size,
-            eps,
-            MAPPING=MAPPINGS.index(mapping),
-            SCALE=scale == "group",
-            HAS_VALID=valid is not None,
-            BLOCK=max(2, 1 << (group_size - 1).bit_length()),
-            num_warps=1 if group_size <= 128 else 4,
-        )
-    return advantages
+    return launch.group_advantages(scores, group_size, valid, MAPPINGS.index(mapping), scale == "group", eps)
 
 
 @group_advantages_op.register_fake
 def _(scores, *args):
     return torch.empty_like(scores)
-
-
-def _group_advantages_torch(scores, group_size, valid, mapping, scale, eps):
-    """[P, G] at once, with no wait for the device."""
-    s = scores.view(-1, group_size)
-    member = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.view(-1, group_size)
-    n = member.sum(1, keepdim=True)
-    outside = s.new_full((), -torch.inf)
-    if mapping == "identity":
-        r = s
-    elif mapping == "softmax":
-        r = torch.where(n > 0, torch.where(member, s, outside).softmax(1), 0.0)
-    else:
-        beats = (s[:, :, None] > s[:, None, :]).to(s.dtype) + 0.5 * (s[:, :, None] == s[:, None, :]).to(s.dtype)
-        r = ((beats * member[:, None, :]).sum(2) - 0.5) / (n - 1).clamp(min=1)
-    # Less the largest, so that equal members are exact zeros before the mean is taken.
-    top = torch.where(member, r, outside).amax(1, keepdim=True)
-    r = torch.where(member, r - top, 0.0)
-    a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
-    if scale == "group":
-        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(n > 1, a, 0.0).reshape(-1)
 
 
 def group_advantages(

@@ -19,10 +19,13 @@ ORDER = [
     "backends.triton.row_stats",
     "backends.triton.span_scores",
     "backends.triton.catalogue",
+    "backends.triton.launch",
     "backends.cpu.build",
     "backends.cpu.row_stats",
+    "backends.cpu.span_scores",
     "arguments",
-    "token_stats",
+    "backends.rows",
+    "logit_stats",
     "active_vocab",
     "vocab_parallel",
     "linear_head",
@@ -93,15 +96,15 @@ def test_a_file_imports_only_from_files_above_it():
 
 
 def test_the_rule_sees_every_spelling():
-    names = {"types", "scores", "backends.triton.row_stats", "token_stats"}
+    names = {"types", "scores", "backends.triton.row_stats", "logit_stats"}
     path = ROOT / "gem_kernels" / "scores.py"
     for line, target in {
         "from .types import X": "types",
         "from . import types": "types",
         "def f():\n    from .backends.triton import row_stats": "backends.triton.row_stats",
-        "import gem_kernels.token_stats": "token_stats",
+        "import gem_kernels.logit_stats": "logit_stats",
         "from gem_kernels.backends.triton.row_stats import f": "backends.triton.row_stats",
-        "from gem_kernels import token_stats": "token_stats",
+        "from gem_kernels import logit_stats": "logit_stats",
         "import torch": None,
     }.items():
         assert inner_targets(path, "gem_kernels", names, line) == ({target} if target else set())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 
@@ -14,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from truth import BACKENDS, DTYPES, IGNORE, backward, check, make, upstream
 
 import gem_kernels
-
-module = importlib.import_module("gem_kernels.token_stats")  # the name itself is the function
+from gem_kernels import logit_stats
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -346,7 +344,7 @@ def test_without_grad_nothing_is_kept(backend, device):
 @pytest.mark.parametrize("splits,softcap", [(2, None), (3, 4.0), (7, None)])
 def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device):
     """Blocks of 256, so that 1,501 columns are several to a split, unevenly, and some splits have none."""
-    from gem_kernels.backends.triton import row_stats
+    from gem_kernels.backends.triton import launch, row_stats
 
     align = 16 // dtype.itemsize
     monkeypatch.setattr(row_stats, "launch_options", lambda V, size: row_stats.Launch(256, 32 * align, align, 1))
@@ -359,8 +357,8 @@ def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device
     logits[5, 3] = -torch.inf  # the target
     tau = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0, 2.0], device=device)
     problem = (logits[None], targets, 1.0, tau, softcap, IGNORE)
-    whole = module._forward_triton(*problem, splits=1)
-    split = module._forward_triton(*problem, splits=splits)
+    whole = launch.row_stats_forward(*problem, splits=1)
+    split = launch.row_stats_forward(*problem, splits=splits)
     for got, want in zip(split, whole):
         # Row 2: what shares one of the 128 lanes with the maximum is rounded away, and the two cut lanes differently.
         rtol = torch.tensor([1e-5, 1e-5, 1 / 64, 0.0, 1e-5, 1e-5], device=device)
@@ -371,18 +369,19 @@ def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device
     _, entropy, row_max, log_sum = whole
     stats = (row_max, log_sum, entropy, *upstream(targets.shape, device=device))
     grads = [torch.empty_like(logits)[None] for _ in range(2)]
-    module._backward_triton(grads[0], *problem, stats, splits=1)
-    module._backward_triton(grads[1], *problem, stats, splits=splits)
+    launch.row_stats_backward(grads[0], *problem, stats, splits=1)
+    launch.row_stats_backward(grads[1], *problem, stats, splits=splits)
     assert torch.equal(grads[0].nan_to_num(9.0), grads[1].nan_to_num(9.0))
-    module._backward_triton(logits[None], *problem, stats, splits=splits)
+    launch.row_stats_backward(logits[None], *problem, stats, splits=splits)
     if splits == 2:  # the interpreter runs the splits in order, so in place is exercised, not raced
         assert torch.equal(logits[None].nan_to_num(9.0), grads[0].nan_to_num(9.0))
 
 
 def test_splits_cover_every_column_once():
+    launch = pytest.importorskip("gem_kernels.backends.triton.launch")
     for V in (1, 256, 257, 1501, 50_000):
         for splits in (1, 2, 3, 64):
-            span = module._span(V, 256, splits)
+            span = launch._span(V, 256, splits)
             assert span % 256 == 0 and span * splits >= V
 
 
@@ -396,8 +395,8 @@ class Allocations(TorchDispatchMode):
     """
 
     BODIES = {  # noqa: RUF012
-        torch.ops.gem_kernels.row_stats.default: module.row_stats_op._init_fn,
-        torch.ops.gem_kernels.row_stats_backward_.default: module.row_stats_backward_inplace_op._init_fn,
+        torch.ops.gem_kernels.row_stats.default: logit_stats.row_stats_op._init_fn,
+        torch.ops.gem_kernels.row_stats_backward_.default: logit_stats.row_stats_backward_inplace_op._init_fn,
     }
 
     def __init__(self, known: torch.Tensor):

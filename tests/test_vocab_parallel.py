@@ -8,7 +8,6 @@ the same numbers, twice what the whole head errs in bf16, plus rounding.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 
 import pytest
@@ -406,16 +405,16 @@ def test_row_kernels_without_a_target(compiled):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_triton_row_kernels_without_a_target(splits, device):
     pytest.importorskip("triton")
-    token_stats = importlib.import_module("gem_kernels.token_stats")
+    from gem_kernels.backends.triton import launch
 
     def forward(logits, targets):
-        out = token_stats._forward_triton(logits.to(device), targets.to(device), 1.0, None, None, -100, splits)
+        out = launch.row_stats_forward(logits.to(device), targets.to(device), 1.0, None, None, -100, splits)
         return tuple(x.cpu() for x in out)
 
     def backward(logits, targets, *stats):
         logits, targets, stats = logits.to(device), targets.to(device), [x.to(device) for x in stats]
         grad = torch.full_like(logits, torch.nan)
-        token_stats._backward_triton(grad, logits, targets, 1.0, None, None, -100, stats, splits)
+        launch.row_stats_backward(grad, logits, targets, 1.0, None, None, -100, stats, splits)
         return grad[0].cpu()
 
     check_no_target(forward, backward)
