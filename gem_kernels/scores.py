@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from . import arguments
 from .backends.cpu import span_scores as cpu
-from .linear_head import linear_token_stats
 from .logit_stats import token_stats
 from .types import EntropyScoreOutput, EntropyScores, TokenStats
 
@@ -257,10 +255,10 @@ def fused_entropy_score(
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
     span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
     group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)
+    return scored(stats, {**layout, **span}, group, backend)
 
 
-def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
+def scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
     scores = entropy_scores(stats.entropy, **span, backend=backend)
     advantages = group_advantages(scores.score, **group, valid=scores.valid, backend=backend)
     return EntropyScoreOutput(
@@ -272,68 +270,3 @@ def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> Entropy
         stats.logprobs,
         stats.entropy,
     )
-
-
-def fused_linear_entropy_score(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    completion_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    answer_start: Tensor,
-    group_size: int,
-    fork_weight: float = 1.0,
-    top_m: float | int = 0.1,
-    no_answer: str = "tail",
-    valid: Tensor | None = None,
-    mapping: str = "identity",
-    scale: str = "none",
-    eps: float = 1e-4,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
-    backend: str = "auto",
-) -> EntropyScoreOutput:
-    """`fused_entropy_score` from hidden states: the logits never exist whole.
-
-    Args:
-        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
-        weight: [V, D]; bias [V] or None.
-        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
-
-    Returns:
-        EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
-        rest are constants of the gradient.
-
-    Raises:
-        ValueError: an argument is not as those functions ask.
-    """
-    if isinstance(targets, Tensor):
-        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
-        targets = counted_targets(targets, completion_mask, ignore_index)
-    stats = linear_token_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes,
-        process_group=process_group,
-        vocab_starts=vocab_starts,
-        backend=backend,
-    )
-    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
-    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)

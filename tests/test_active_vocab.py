@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from gem_kernels import active_vocab, fused_linear_policy_loss, fused_linear_sega_loss, linear_token_stats
+from gem_kernels import fused_linear_policy_loss, fused_linear_sega_loss, linear_token_stats
+from gem_kernels.linear import active_vocab
 
 V, D, N = 1501, 32, 160
 WORKSPACE = 4 * V * 64  # three chunks

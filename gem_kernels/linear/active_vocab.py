@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments
+from .. import arguments
 
 RANK = 16
 """Directions of the tail."""

@@ -1,202 +1,20 @@
-"""Losses from hidden states, in one shot where that is possible: the gradients are made while the logits are there.
-
-A loss of (logprob, entropy) of each token needs the logits for nothing else, so autograd on these two vectors gives
-dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logits: 3 G instead of 4 G.
-"""
+"""The SEGA loss from hidden states: in one shot where a group fits the workspace, in two phases where it does not."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import arguments
-from .active_vocab import Report
-from .linear_head import (
-    Head,
-    OneShot,
-    TokenRows,
-    check_head,
-    statistics,
-    statistics_backward,
-    token_rows,
-)
-from .losses import check_loss, sequence_weights, token_counts, weighted_sum
-from .scores import counted_targets, entropy_scores, group_advantages
-from .types import PolicyLossOutput, SegaOutput
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-class _Precomputed(torch.autograd.Function):
-    """A loss whose gradients were made with it. Backward multiplies them, in place, by the scalar that comes."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, gradients):
-        ctx.gradients = gradients
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of a fused linear loss are used up by its first backward; call it again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else _scale(g, upstream) for g in gradients), None, None)
-
-
-def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient *= upstream, multiplied in float32: a loss scale of 2^16 does not exist in float16."""
-    if upstream.device.type == "cpu" and float(upstream) == 1.0:
-        return gradient
-    if gradient.dtype == torch.float32:
-        return gradient.mul_(upstream)
-    # Of shape [1], not a scalar: it then takes part in type promotion. In parts, for the CPU makes float32 copies.
-    for part in gradient.split(max(1, (1 << 22) * gradient.shape[0] // max(1, gradient.numel()))):
-        part.mul_(upstream.reshape(1))
-    return gradient
-
-
-def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    on = torch.is_grad_enabled()
-    return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
-
-
-def _reported(report: Report | None) -> dict[str, Tensor | None]:
-    """As the fields of the output types."""
-    if report is None:
-        return {}
-    return {
-        "active_share": report.share,
-        "active_error": report.hidden_error,
-        "active_weight_error": report.weight_error,
-    }
-
-
-def _attach(hidden, weight, bias, loss: Tensor, rows: TokenRows, gradients: Gradients) -> Tensor:
-    grad_hidden = gradients[0]
-    if grad_hidden is not None:
-        grad_hidden = rows.spread(grad_hidden).view(hidden.shape)
-    return _Precomputed.apply(hidden, weight, bias, loss, (grad_hidden, *gradients[1:]))
-
-
-# Any loss of (logprob, entropy).
-
-
-@arguments.not_compiled
-def fused_linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_loss: Callable[..., Tensor],
-    *,
-    token_inputs: Mapping[str, Tensor] | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
-    active_vocab: float | None = None,
-    backend: str = "auto",
-) -> PolicyLossOutput:
-    """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
-
-        L = sum over chunks of token_loss(logprobs, entropy, **token_inputs)
-
-    `token_loss` is written in plain torch; autograd on its two vectors gives what the head's backward needs, so loss
-    and gradients of hidden, weight and bias cost three matrix products (3 G), and the logits are never whole. Policy
-    gradients with clipping, KL to a reference, entropy bonuses and cross entropy are all of this form.
-
-    Args:
-        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These and the options: `linear_token_stats`.
-        token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
-            over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. On the CPU it
-            does not see ignored tokens; on a GPU it sees them with logprob and entropy 0, and drops their gradient.
-        token_inputs: tensors shaped [..., *] like `targets` in their leading axes (old log-probs, advantages, masks);
-            the rows of the chunk are passed by keyword. They get no gradient.
-
-    Returns:
-        PolicyLossOutput(loss, logprobs, entropy, ...): `loss` a float32 scalar, differentiable once in hidden, weight
-        and bias; the others detached, shaped like `targets`. With `active_vocab` also the share of columns kept and
-        the measured errors of the gradients.
-
-    Raises:
-        ValueError: an argument is not as above, or token_loss returns something other than a scalar.
-
-    Example:
-        >>> def loss(logprobs, entropy, old, advantages):
-        ...     ratio = (logprobs - old).exp()
-        ...     clipped = ratio.clamp(0.8, 1.2)
-        ...     return -torch.min(ratio * advantages, clipped * advantages).sum() / total_tokens
-        >>> out = fused_linear_policy_loss(h, w, ids, loss, token_inputs={"old": old, "advantages": adv})
-        >>> out.loss.backward()
-    """
-    head, number, taus = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        backend, process_group, vocab_starts, active_vocab,
-    )  # fmt: skip
-    if not callable(token_loss):
-        arguments.fail(
-            "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
-        )
-    rows = token_rows(hidden.detach(), targets, number, taus, head)
-    inputs = _flat_inputs(token_inputs or {}, targets, rows)
-    shot = OneShot(rows, head, _needs(hidden, weight, bias))
-    loss = torch.zeros((), device=hidden.device)
-    out = torch.zeros(2, len(rows), device=hidden.device)
-    for begin in range(0, len(rows), head.rows_per_chunk):
-        end = min(begin + head.rows_per_chunk, len(rows))
-        out[:, begin:end] = torch.stack(shot.statistics(begin, end))
-        logprobs, entropy = (x[begin:end].detach().clone() for x in out)
-        part, a, b = _token_gradients(token_loss, logprobs, entropy, {k: v[begin:end] for k, v in inputs.items()})
-        loss += part
-        shot.gradients(entropy, a, b)
-    gradients, report = shot.finish(), _reported(shot.report())
-    loss = _attach(hidden, weight, bias, loss, rows, gradients)
-    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out), **report)
-
-
-def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: TokenRows) -> dict[str, Tensor]:
-    flat = {}
-    for name, value in token_inputs.items():
-        arguments.check_tensor(f"token_inputs[{name!r}]", value, device=targets.device)
-        if value.shape[: targets.dim()] != targets.shape:
-            arguments.fail(f"token_inputs[{name!r}]", f"of shape {tuple(targets.shape)} + (...)", tuple(value.shape))
-        if value.requires_grad:
-            arguments.fail(f"token_inputs[{name!r}]", "without requires_grad (it gets no gradient; detach it)", "True")
-        value = value.reshape(-1, *value.shape[targets.dim() :])
-        flat[name] = value if rows.kept is None else value[rows.kept]
-    return flat
-
-
-def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a chunk, and its gradient with respect to logprobs and entropy."""
-    with torch.enable_grad():
-        logprobs.requires_grad_()
-        entropy.requires_grad_()
-        loss = token_loss(logprobs, entropy, **inputs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            arguments.fail(
-                "token_loss", "a function that returns a scalar", getattr(loss, "shape", type(loss).__name__)
-            )
-        loss = loss.reshape(())
-        if loss.requires_grad:
-            a, b = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
-        else:
-            a = b = None
-    logprobs.requires_grad_(False)
-    entropy.requires_grad_(False)
-    zeros = torch.zeros_like(logprobs)
-    return loss.detach(), zeros if a is None else a, zeros if b is None else b
-
-
-# SEGA.
+from .. import arguments
+from ..losses import check_loss, sequence_weights, token_counts, weighted_sum
+from ..scores import counted_targets, entropy_scores, group_advantages
+from ..types import SegaOutput
+from .head import Head, TokenRows, check_head, token_rows
+from .one_shot import OneShot, attach, needs_of, reported
+from .products import statistics, statistics_backward
 
 
 @arguments.not_compiled
@@ -276,7 +94,7 @@ def fused_linear_sega_loss(
     is_valid = batch.scores(torch.zeros(targets.shape, device=targets.device)).valid
     counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
     weights = sequence_weights(counts, is_valid, loss_type, max_completion_length, denominator)
-    needs = _needs(hidden, weight, bias)
+    needs = needs_of(hidden, weight, bias)
     group = {"mapping": mapping, "scale": scale, "eps": eps, "backend": backend}
     if advantages is not None:
         advantages = torch.where(is_valid, advantages.float(), 0.0)
@@ -291,10 +109,10 @@ def fused_linear_sega_loss(
         batch, rows, head, weights, advantages, bounds, group_size, group, needs
     )
     scores = batch.scores(entropy)
-    loss = _attach(hidden, weight, bias, loss, rows, gradients)
+    loss = attach(hidden, weight, bias, loss, rows, gradients)
     return SegaOutput(
         loss, scores.score, scores.final_entropy, scores.fork_entropy, scores.valid, advantages, logprobs, entropy,
-        path, **_reported(report),
+        path, **reported(report),
     )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import arguments
-from .types import NO_TARGET
+from .. import arguments
+from ..types import NO_TARGET
 
 # Local marks; no word of a shard has such a number.
 IGNORED = -100
