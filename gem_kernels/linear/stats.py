@@ -79,7 +79,7 @@ def linear_token_stats(
         vocab_starts: the first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange
             their sizes and compare their arguments, at the start of each call (on a GPU that waits for the device).
         active_vocab: a probability such as 2**-12. Backward's products are then made of the columns that any row needs
-            at that level, and a low-rank stand-in for the rest (linear/active_vocab.py): faster and approximate. A GPU is
+            at that level, and a low-rank stand-in for the rest (docs/kernels.md): faster and approximate. A GPU is
             waited for once a chunk. 0 is exact; None, exact and without the option's code. Not with `process_group`.
             The losses of this package return the share of columns kept and the error.
         temperature, softcap, ignore_index, backend: as for `token_stats`.
