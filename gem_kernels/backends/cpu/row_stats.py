@@ -194,7 +194,7 @@ def _run(function, rows: _Rows) -> None:
 
 # Plain torch.
 
-# Float32 copies of a chunk of rows that are alive at once, measured (tests/test_cpu_kernels.py holds it to that).
+# Float32 copies of a chunk of rows that are alive at once, measured (tests/kernels/test_cpu_kernels.py holds it to that).
 LIVE_COPIES = 5
 SHARE_OF_LOGITS = 0.08
 CHUNK_BYTES = {"cpu": 4 << 20}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from truth import BACKENDS, backward, make, upstream
 
 import gem_kernels
 from gem_kernels import entropy_scores, group_advantages, reference
+from tests.kernels.helpers import BACKENDS, backward, make, upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

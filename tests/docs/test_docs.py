@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-TEXT = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
 BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", TEXT, flags=re.DOTALL))
 V = 67
 

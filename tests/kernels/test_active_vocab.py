@@ -10,17 +10,10 @@ import torch
 from gem_kernels import fused_linear_policy_loss, fused_linear_sega_loss, linear_token_stats
 from gem_kernels.linear import active_vocab
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, D, N = 1501, 32, 160
 WORKSPACE = 4 * V * 64  # three chunks
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The products here are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def problem(peaked: bool = True, dtype=torch.float32, bias=None, seed=0):

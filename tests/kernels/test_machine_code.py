@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 KERNELS = ROOT / "gem_kernels" / "backends" / "triton"
 

@@ -9,116 +9,30 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gem_kernels
-from gem_kernels import arguments, reference
+from gem_kernels import reference
+from tests.kernels.helpers import (
+    IGNORE,
+    LINEAR_BACKENDS,
+    SPAN,
+    Problem,
+    Recorder,
+    check_stats,
+    distance,
+    good,
+    needs_backend,
+    paths,
+    policy,
+    problem,
+    sequences,
+    stats_and_gradients,
+)
 
-IGNORE = -100
-ROUNDING = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-CPU = torch.device("cpu")
-BACKENDS = ["auto", "torch", "triton"]
-LEAVES = ("hidden", "weight", "bias")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of tiny products; on a busy machine each would wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def needs_backend(backend: str, device: torch.device) -> None:
-    if backend == "triton" and device.type != "cuda" and not arguments._interpreting():
-        pytest.skip("Triton on the CPU needs its interpreter")
-
-
-@dataclass
-class Problem:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    options: dict
-    """softcap, temperature, logit_scale"""
-
-    def leaves(self, dtype=None) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in LEAVES}
-        return {k: v.detach().to(dtype or v.dtype).clone().requires_grad_() for k, v in named.items() if v is not None}
-
-    def eager(self, dtype, hidden, weight, bias=None) -> tuple[Tensor, dict]:
-        """The full logits as a model makes them, and the arguments of the row functions. Float64 is the truth."""
-        options = dict(self.options)
-        product = hidden @ weight.t()
-        if bias is not None:
-            product = product + bias
-        logits = (options.pop("logit_scale", 1.0) * product).to(dtype)
-        if isinstance(options.get("temperature"), Tensor):
-            options["temperature"] = options["temperature"].to(dtype)
-        return logits, options
-
-
-def problem(*shape, V=257, D=33, dtype=torch.float32, device=CPU, bias=True, ignored=0.2, seed=0, **options) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(*shape, D, generator=generator).to(dtype)
-    weight = (torch.randn(V, D, generator=generator) * (3 / math.sqrt(D))).to(dtype)
-    b = torch.randn(V, generator=generator).to(dtype) if bias else None
-    targets = torch.randint(0, V, shape, generator=generator)
-    targets[torch.rand(shape, generator=generator) < ignored] = IGNORE
-    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    return Problem(hidden.to(device), weight.to(device), b if b is None else b.to(device), targets.to(device), options)
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    """Relative, L2."""
-    x, exact = x.detach().double(), exact.detach().double()
-    return float((x - exact).norm() / exact.norm().clamp(min=1e-30)) if exact.numel() else 0.0
-
-
-def assert_within_budget(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) -> None:
-    assert ours.keys() == eager.keys() == truth.keys()
-    for name, exact in truth.items():
-        assert ours[name].shape == exact.shape, name
-        assert exact.isfinite().all(), f"{name}: the truth is not finite"
-        # A loss is a sum that cancels: relative to itself, a few roundings more.
-        rounding = ROUNDING[dtype] * (8 if name == "loss" else 1)
-        error, budget = distance(ours[name], exact), 2 * distance(eager[name], exact) + rounding
-        if not exact.detach().any():
-            assert float(ours[name].detach().abs().sum()) == 0.0, name
-        else:
-            assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
-
-
-def stats_and_gradients(stats, leaves: dict, shape) -> dict:
-    """Values, and the gradients of a loss that weighs each log-prob and entropy at random."""
-    a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(9)).to(stats.logprobs)
-    (a * stats.logprobs + b * stats.entropy).sum().backward()
-    return {"logprobs": stats.logprobs, "entropy": stats.entropy, **{k: v.grad for k, v in leaves.items()}}
-
-
-def check_stats(p: Problem, **options) -> dict:
-    dtype = p.hidden.dtype
-    leaves = p.leaves()
-    stats = gem_kernels.linear_token_stats(targets=p.targets, **leaves, **p.options, **options)
-    assert stats.logprobs.dtype == stats.entropy.dtype == torch.float32
-    ours = stats_and_gradients(stats, leaves, p.targets.shape)
-    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
-    others = []
-    for kind in (dtype, torch.float64):
-        leaves = p.leaves(kind)
-        logits, arguments_ = p.eager(torch.float32 if kind != torch.float64 else kind, **leaves)
-        stats = reference.token_stats(logits, p.targets, **arguments_)
-        others.append(stats_and_gradients(stats, leaves, p.targets.shape))
-    assert_within_budget(ours, *others, dtype)
-    return ours
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = {
     "vocabulary of 1024 + 276": {"shape": (7,), "V": 1300, "D": 32},
@@ -130,7 +44,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 @pytest.mark.parametrize("case", SHAPES)
 def test_float32(case, backend, device):
     needs_backend(backend, device)
@@ -156,7 +70,7 @@ def test_float32_logits_do_not_round(device):
     assert errors[1] < 1e-5 < 1e-4 < errors[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_softcap_scale_and_a_temperature_per_token(backend, device):
     needs_backend(backend, device)
     temperature = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)) + 0.5
@@ -182,7 +96,7 @@ def test_all_logits_far_below_zero(device):
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_bias_of_minus_infinity_masks_words(backend, softcap, device):
     needs_backend(backend, device)
     p = problem(7, device=device, softcap=softcap)
@@ -212,7 +126,7 @@ def test_nothing_to_do_gives_zeros(shape, device):
     assert all(not value.detach().any() for value in got.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_ignored_rows_may_hold_nan(backend, device):
     needs_backend(backend, device)
     p = problem(12, ignored=0.5, device=device)
@@ -266,28 +180,8 @@ def test_int32_targets(device):
 # Padded and packed sequences: the entropy score from hidden states.
 
 
-def sequences(device, V=203, D=16, dtype=torch.float32, seed=0, **options):
-    """Six sequences in two groups, with holes, an empty one, answers found and not -> padded and packed form."""
-    p = problem(6, 17, V=V, D=D, dtype=dtype, ignored=0.0, seed=seed, **options)  # ignored: one token, below
-    mask = torch.rand(6, 17, generator=torch.Generator().manual_seed(seed)) > 0.2
-    mask[3] = False
-    p.targets[0, 4] = IGNORE
-    lengths = mask.sum(1)
-    flat = Problem(p.hidden[mask], p.weight, p.bias, p.targets[mask], {})
-    layouts = []
-    for q, layout in (
-        (p, {"completion_mask": mask}),
-        (flat, {"cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()}),
-    ):
-        moved = (None if x is None else x.to(device) for x in (q.hidden, q.weight, q.bias, q.targets))
-        span = {"answer_start": torch.tensor([12, 5, 99, 3, -1, 0]), "group_size": 3, "top_m": 0.3}
-        layout = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in {**layout, **span}.items()}
-        layouts.append((Problem(*moved, p.options), layout))
-    return layouts
-
-
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_fused_linear_entropy_score(backend, layout, device):
     needs_backend(backend, device)
     p, layout = sequences(device)[layout]
@@ -322,62 +216,6 @@ def test_fused_linear_entropy_score(backend, layout, device):
 
 
 # What is made, and what is multiplied.
-
-
-class Recorder(TorchDispatchMode):
-    """Bytes of each storage made, and matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.products = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        self.products += name in ("mm", "addmm", "addmm_", "bmm", "matmul", "addmv", "mv", "_scaled_mm")
-        leaves = torch.utils._pytree.tree_leaves
-        held = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = function(*args, **kwargs)
-        for x in leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in held:
-                self.made.append((x.untyped_storage().nbytes(), name, tuple(x.shape)))
-        return out
-
-
-def policy(logprobs, entropy):
-    return -(logprobs.clamp(min=-7.0) + 0.1 * entropy).sum()
-
-
-def paths(p: Problem, leaves: dict, workspace_bytes: int):
-    """Name -> a function that makes loss and gradients of all the public paths. One group of all rows, packed."""
-    N = p.targets.shape[0]
-    span = {
-        "cu_seqlens": torch.tensor([0, N // 3, N], dtype=torch.int32, device=p.targets.device),
-        "answer_start": torch.tensor([1, 2], device=p.targets.device),
-        "group_size": 2,
-    }
-    common = {"targets": p.targets, "workspace_bytes": workspace_bytes, **leaves}
-
-    def run_sega(path, **options):
-        out = gem_kernels.fused_linear_sega_loss(**common, **span, **options)
-        assert out.path == path
-        return out.loss
-
-    def run_stats():
-        stats = gem_kernels.linear_token_stats(**common)
-        return policy(stats.logprobs, stats.entropy)
-
-    def run_score():
-        out = gem_kernels.fused_linear_entropy_score(**common, **span)
-        return (out.logprobs + out.entropy).sum()
-
-    return {
-        "stats": run_stats,
-        "score": run_score,
-        "sega, given advantages": lambda: run_sega("one_shot", advantages=torch.ones(2, device=p.targets.device)),
-        "sega, two phase": lambda: run_sega("two_phase"),
-        "policy": lambda: gem_kernels.fused_linear_policy_loss(token_loss=policy, **common).loss,
-    }
 
 
 PATHS = ("stats", "score", "sega, given advantages", "sega, two phase", "policy")
@@ -518,10 +356,6 @@ BAD = {
 }
 
 
-def good() -> dict:
-    return {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "targets": torch.tensor([0, 1, 2])}
-
-
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
 def test_bad_input_names_the_argument(name, value):
     for function, rest in (
@@ -533,6 +367,3 @@ def test_bad_input_names_the_argument(name, value):
         function(**good(), **rest)
         with pytest.raises(ValueError, match=f"^`{name}` must be .*, got "):
             function(**(good() | {name: value}), **rest)
-
-
-SPAN = {"cu_seqlens": torch.tensor([0, 1, 3]), "answer_start": torch.tensor([0, 1]), "group_size": 2}

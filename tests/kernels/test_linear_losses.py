@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_head import (
-    BACKENDS,
+
+import gem_kernels
+from gem_kernels import reference
+from tests.kernels.helpers import (
     IGNORE,
+    LINEAR_BACKENDS,
     SPAN,
-    assert_within_budget,
+    assert_all_within_budget,
     distance,
     good,
     needs_backend,
-    one_thread,  # noqa: F401 (a fixture)
     paths,
     policy,
     problem,
     sequences,
 )
 
-import gem_kernels
-from gem_kernels import reference
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 # V = 203, float32: all rows, one group but not two, five rows, one row.
@@ -55,7 +56,7 @@ def check_sega(p, layout, *, options=None, **head):
     got, out = sega(p, layout, **options, **head)
     exact, truth = sega_reference(p, layout, torch.float64, **options)
     eager, _ = sega_reference(p, layout, p.hidden.dtype, **options)
-    assert_within_budget(got, eager, exact, p.hidden.dtype)
+    assert_all_within_budget(got, eager, exact, p.hidden.dtype)
     assert torch.equal(out.valid, truth.valid)
     return got, out
 
@@ -92,7 +93,7 @@ def test_given_advantages_go_in_one_shot_whatever_the_workspace(workspace, layou
     assert out.advantages.tolist() == [a * v for a, v in zip(GIVEN.tolist(), out.valid.tolist())]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 @pytest.mark.parametrize("workspace", ["one group", "five rows"])
 def test_sega_backends(backend, workspace, device):
     needs_backend(backend, device)
@@ -185,7 +186,7 @@ def grpo_inputs(p, logprobs) -> dict:
     return {"old": old, "reference_logprobs": other, "advantages": advantages, "weights": weights}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, 257 * 4 * 6, 1], ids=["whole", "six rows", "one row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grpo_with_clipping_kl_and_entropy_bonus(dtype, workspace_bytes, backend, device):
@@ -210,7 +211,7 @@ def test_grpo_with_clipping_kl_and_entropy_bonus(dtype, workspace_bytes, backend
         targets=p.targets, token_loss=grpo, token_inputs=inputs, **leaves, **p.options, **options
     )
     ours = gradients(out.loss, leaves)
-    assert_within_budget(ours, results[1], results[0], dtype)
+    assert_all_within_budget(ours, results[1], results[0], dtype)
     stats = gem_kernels.linear_token_stats(targets=p.targets, **leaves, **p.options, **options)
     assert torch.equal(out.logprobs, stats.logprobs) and torch.equal(out.entropy, stats.entropy)
 
@@ -337,7 +338,7 @@ def test_gradients_add_to_those_already_there(path, device):
 
 
 @pytest.mark.parametrize("path", LOSSES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_ignored_rows_may_hold_nan_in_losses(backend, path, device):
     needs_backend(backend, device)
     p = problem(12, ignored=0.4, device=device)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ transformers = pytest.importorskip("transformers")
 from gem_kernels import token_stats  # noqa: E402
 from gem_kernels.integrations import transformers as integration  # noqa: E402
 from gem_kernels.integrations.transformers import causal_lm_head, hidden_states_and_head, last_hidden_states  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 V, D = 101, 32
 SHAPE = {
@@ -53,15 +56,6 @@ ARCHITECTURES = {
     "phi (bias)": ("phi", WITHOUT_HEAD_DIM, {}),
     "gpt_neox (embed_out)": ("gpt_neox", WITHOUT_HEAD_DIM, {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """For models this small a second thread only waits: on 2 busy cores a backward took half a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str = "llama", tied: bool = False, seed: int = 0, **extra) -> transformers.PreTrainedModel:
@@ -354,7 +348,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-import test_integrations_transformers as t
+from tests.kernels import test_integrations_transformers as t
 
 warnings.filterwarnings("error", message=".*view tensor.*")
 torch.set_num_threads(1)
@@ -456,8 +450,7 @@ print("done", flush=True)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_distributed(tmp_path):
     """DistributedDataParallel and FSDP2, two gloo processes."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     script = tmp_path / "distributed.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))

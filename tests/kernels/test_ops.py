@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from truth import BACKENDS, make
 
 import gem_kernels
 from gem_kernels import entropy_scores, fused_entropy_score, group_advantages, sega_loss, token_stats
+from tests.kernels.helpers import BACKENDS, make
 
 INNER = {"triton": "triton", "torch": "torch", "auto": "cpu"}  # as the operators are told
 each_backend = pytest.mark.parametrize("backend", [INNER[b] for b in BACKENDS])
@@ -322,7 +322,7 @@ def test_triton_on_the_cpu_without_the_interpreter_is_refused():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, "-c", TRITON_ON_CPU],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

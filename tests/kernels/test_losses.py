@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from truth import BACKENDS, DTYPES, EPS, make
 
 import gem_kernels
 from gem_kernels import reference, sega_loss
+from tests.kernels.helpers import BACKENDS, DTYPES, EPS, make
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -1,42 +1,27 @@
-"""In gem_kernels a file imports only from files above it, and importing does nothing. (gem: test_gem_imports.py.)"""
+"""In gem_kernels a stage imports only from stages above it, and importing does nothing."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
+
+import pytest
 
 import gem_kernels
+from tests.import_rules import ROOT, broken_rules, files, imports, inner_targets
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = "gem_kernels"
 
-# From the top down. A file may import what stands above it. A planned file may be listed before it exists.
-ORDER = [
-    "types",
-    "reference",
-    "backends.triton.row_stats",
-    "backends.triton.span_scores",
-    "backends.triton.catalogue",
-    "backends.triton.launch",
-    "backends.cpu.build",
-    "backends.cpu.row_stats",
-    "backends.cpu.span_scores",
-    "arguments",
-    "backends.rows",
-    "logit_stats",
-    "scores",
-    "losses",
-    "linear.active_vocab",
-    "linear.vocab_parallel",
-    "linear.head",
-    "linear.products",
-    "linear.stats",
-    "linear.one_shot",
-    "linear.policy_loss",
-    "linear.sega_loss",
-    "integrations.transformers",
+# From the top down, a line a stage: files and folders that may import each other, without a cycle, and all above them.
+STAGES = [
+    "types arguments reference",
+    "backends.triton",
+    "backends.cpu",
+    "backends",
+    "logit_stats scores losses",
+    "linear",
+    "integrations",
 ]
 # A promise to other trainers.
 PROMISED = """
@@ -46,57 +31,35 @@ PROMISED = """
 """
 
 
-def files(package: str) -> dict[str, Path]:
-    """Dotted name within the package -> file, __init__ files that hold no code left out."""
-    found = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        parts = path.relative_to(ROOT / package).with_suffix("").parts
-        if parts[-1] == "__init__":
-            body = ast.parse(path.read_text()).body
-            if parts == ("__init__",) or all(isinstance(n, ast.Expr) for n in body):
-                continue
-        found[".".join(parts)] = path
-    return found
+def arrows(package: str) -> dict[str, set[str]]:
+    present = files(package)
+    return {name: inner_targets(path, package, set(present)) for name, path in present.items()}
 
 
-def imports(path: Path, package: str, source: str | None = None) -> list[tuple[str, str | None]]:
-    """Every import of the file, inside functions too: (absolute module, imported name or None)."""
-    here = [package, *path.relative_to(ROOT / package).with_suffix("").parts]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = here[: -node.level] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [(module, alias.name) for alias in node.names]
-    return found
+def test_a_stage_imports_only_from_stages_above_it():
+    assert broken_rules(arrows(PACKAGE), STAGES) == []
 
 
-def inner_targets(path: Path, package: str, names: set[str], source: str | None = None) -> set[str]:
-    """The files of the same package that this one imports."""
-    targets = set()
-    for module, name in imports(path, package, source):
-        if module != package and not module.startswith(package + "."):
-            continue
-        inside = module[len(package) + 1 :]
-        candidates = (f"{inside}.{name}" if inside else name, inside) if name else (inside,)
-        targets.add(next((c for c in candidates if c in names), f"{module}:{name}"))
-    return targets
-
-
-def test_every_file_has_its_place():
-    unplaced = set(files(PACKAGE)) - set(ORDER)
-    assert not unplaced, f"add {sorted(unplaced)} to ORDER in tests/test_imports.py, below all that they import"
-    assert len(set(ORDER)) == len(ORDER)
-
-
-def test_a_file_imports_only_from_files_above_it():
+def test_every_stage_is_there():
     present = files(PACKAGE)
-    for name, path in present.items():
-        for target in inner_targets(path, PACKAGE, set(present)):
-            assert target in ORDER, f"{name} imports {target}: name the file, not the package"
-            assert ORDER.index(target) < ORDER.index(name), f"{name} imports {target}, which is not above it"
+    for part in " ".join(STAGES).split():
+        assert any(name == part or name.startswith(part + ".") for name in present), part
+
+
+def test_the_rule_finds_what_breaks_it():
+    stages = ["a.b", "a", "c"]
+    assert broken_rules({"a.b.x": set(), "a.y": {"a.b.x"}, "c": {"a.y", "a.b.x"}}, stages) == []
+    assert "below its own" in broken_rules({"a.b.x": {"a.y"}, "a.y": set()}, stages)[0]
+    assert "cycle" in broken_rules({"a.y": {"a.z"}, "a.z": {"a.y"}}, stages)[0]
+    assert "name the file" in broken_rules({"c": {"a"}}, stages)[0]
+    with pytest.raises(AssertionError, match="no place"):
+        broken_rules({"d": {"c"}, "c": set()}, stages)
+
+
+def test_every_folder_says_what_is_in_it():
+    for folder in {path.parent for path in files(PACKAGE).values()}:
+        doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert doc and (folder.name == PACKAGE or len(doc.splitlines()) <= 3), folder
 
 
 def test_the_rule_sees_every_spelling():

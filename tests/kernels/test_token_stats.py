@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import BACKENDS, DTYPES, IGNORE, backward, check, make, upstream
 
 import gem_kernels
 from gem_kernels import logit_stats
+from tests.kernels.helpers import BACKENDS, DTYPES, IGNORE, backward, check, make, upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
