@@ -16,17 +16,17 @@ and from hidden states, where the logits never exist whole:
 Importing this looks at no device, compiles nothing and needs torch alone; Triton is imported when a kernel runs.
 """
 
-from .linear_head import linear_token_stats
-from .linear_losses import fused_linear_policy_loss, fused_linear_sega_loss
+from .linear.policy_loss import fused_linear_policy_loss
+from .linear.sega_loss import fused_linear_sega_loss
+from .linear.stats import fused_linear_entropy_score, linear_token_stats
+from .logit_stats import token_stats
 from .losses import sega_loss
 from .scores import (
     completion_features,
     entropy_scores,
     fused_entropy_score,
-    fused_linear_entropy_score,
     group_advantages,
 )
-from .token_stats import token_stats
 from .types import (
     CompletionFeatures,
     EntropyScoreOutput,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .linear_head import linear_token_stats
-from .token_stats import token_stats
+from .backends.cpu import span_scores as cpu
+from .logit_stats import token_stats
 from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, TokenStats
 
 MAPPINGS = ("identity", "softmax", "rank")
@@ -42,47 +42,13 @@ def span_scores_op(
             arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
     entropy = entropy.contiguous()
     logprobs = None if logprobs is None else logprobs.contiguous()
+    tokens = (entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid)
     if backend != "triton":
-        from .cpu import span_scores
+        return cpu.span_scores(*tokens, weights, top_numerator, top_denominator, exclude, compiled=backend == "cpu")
 
-        args = (entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid)
-        return span_scores.span_scores(
-            *args, weights, top_numerator, top_denominator, exclude, compiled=backend == "cpu"
-        )
+    from .backends.triton import launch
 
-    from .kernels import span_scores as kernels
-
-    B = answer_start.shape[0]
-    features = torch.empty(len(FEATURES), B, dtype=torch.float32, device=entropy.device)
-    score = torch.empty(B, dtype=torch.float32, device=entropy.device)
-    ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
-    if B == 0:
-        return features, score, ok
-    mask = None if completion_mask is None else completion_mask.contiguous().view(torch.int8)
-    with torch.cuda.device_of(entropy):
-        kernels.span_scores[(B,)](
-            entropy,
-            logprobs,
-            mask,
-            None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
-            answer_start.to(torch.int64).contiguous(),
-            None if valid is None else valid.contiguous().view(torch.int8),
-            features,
-            score,
-            ok.view(torch.int8),
-            entropy.numel(),
-            entropy.shape[-1],
-            *weights,
-            top_numerator,
-            top_denominator,
-            PACKED=cu_seqlens is not None,
-            EXCLUDE=exclude,
-            HAS_VALID=valid is not None,
-            HAS_LOGPROBS=logprobs is not None,
-            BLOCK=kernels.BLOCK,
-            num_warps=8,
-        )
-    return features, score, ok
+    return launch.span_scores(*tokens, weights, top_numerator, top_denominator, exclude)
 
 
 @span_scores_op.register_fake
@@ -235,54 +201,16 @@ def group_advantages_op(
     backend: str,
 ) -> Tensor:
     if backend != "triton":
-        return _group_advantages_torch(scores, group_size, valid, mapping, scale, eps)
+        return cpu.group_advantages(scores, group_size, valid, mapping, scale, eps)
 
-    from .kernels import span_scores as kernels
+    from .backends.triton import launch
 
-    advantages = torch.empty_like(scores)
-    if scores.numel() == 0:
-        return advantages
-    with torch.cuda.device_of(scores):
-        kernels.group_advantages[(scores.shape[0] // group_size,)](
-            advantages,
-            scores,
-            None if valid is None else valid.contiguous().view(torch.int8),
-            group_size,
-            eps,
-            MAPPING=MAPPINGS.index(mapping),
-            SCALE=scale == "group",
-            HAS_VALID=valid is not None,
-            BLOCK=max(2, 1 << (group_size - 1).bit_length()),
-            num_warps=1 if group_size <= 128 else 4,
-        )
-    return advantages
+    return launch.group_advantages(scores, group_size, valid, MAPPINGS.index(mapping), scale == "group", eps)
 
 
 @group_advantages_op.register_fake
 def _(scores, *args):
     return torch.empty_like(scores)
-
-
-def _group_advantages_torch(scores, group_size, valid, mapping, scale, eps):
-    """[P, G] at once, with no wait for the device."""
-    s = scores.view(-1, group_size)
-    member = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.view(-1, group_size)
-    n = member.sum(1, keepdim=True)
-    outside = s.new_full((), -torch.inf)
-    if mapping == "identity":
-        r = s
-    elif mapping == "softmax":
-        r = torch.where(n > 0, torch.where(member, s, outside).softmax(1), 0.0)
-    else:
-        beats = (s[:, :, None] > s[:, None, :]).to(s.dtype) + 0.5 * (s[:, :, None] == s[:, None, :]).to(s.dtype)
-        r = ((beats * member[:, None, :]).sum(2) - 0.5) / (n - 1).clamp(min=1)
-    # Less the largest, so that equal members are exact zeros before the mean is taken.
-    top = torch.where(member, r, outside).amax(1, keepdim=True)
-    r = torch.where(member, r - top, 0.0)
-    a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
-    if scale == "group":
-        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(n > 1, a, 0.0).reshape(-1)
 
 
 def group_advantages(
@@ -395,10 +323,10 @@ def fused_entropy_score(
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
     span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
     group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)
+    return scored(stats, {**layout, **span}, group, backend)
 
 
-def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
+def scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
     scores = entropy_scores(stats.entropy, **span, backend=backend)
     advantages = group_advantages(scores.score, **group, valid=scores.valid, backend=backend)
     return EntropyScoreOutput(
@@ -410,68 +338,3 @@ def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> Entropy
         stats.logprobs,
         stats.entropy,
     )
-
-
-def fused_linear_entropy_score(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    completion_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    answer_start: Tensor,
-    group_size: int,
-    fork_weight: float = 1.0,
-    top_m: float | int = 0.1,
-    no_answer: str = "tail",
-    valid: Tensor | None = None,
-    mapping: str = "identity",
-    scale: str = "none",
-    eps: float = 1e-4,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
-    backend: str = "auto",
-) -> EntropyScoreOutput:
-    """`fused_entropy_score` from hidden states: the logits never exist whole.
-
-    Args:
-        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
-        weight: [V, D]; bias [V] or None.
-        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
-
-    Returns:
-        EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
-        rest are constants of the gradient.
-
-    Raises:
-        ValueError: an argument is not as those functions ask.
-    """
-    if isinstance(targets, Tensor):
-        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
-        targets = counted_targets(targets, completion_mask, ignore_index)
-    stats = linear_token_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes,
-        process_group=process_group,
-        vocab_starts=vocab_starts,
-        backend=backend,
-    )
-    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
-    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)

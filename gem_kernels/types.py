@@ -20,7 +20,7 @@ from torch import Tensor
 FLOAT32_MAX = 3.4028234663852886e38
 NO_TARGET = -(2**62)
 """A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
-Log-prob NaN, gradient without the target's own term. A shard of a vocabulary sees most targets so (vocab_parallel.py).
+Log-prob NaN, gradient without the term of its target. A shard of a vocabulary sees most targets so.
 """
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from test_imports import ROOT, files, imports, inner_targets
-
 import gem_kernels
+from tests.import_rules import ROOT, files, imports, inner_targets
 
 # From the top down, as in the README's tree.
 TREE = """
