@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from gem_kernels import active_vocab
-from gem_kernels.linear_head import Products, check_head
+from gem_kernels.linear import active_vocab
+from gem_kernels.linear.head import check_head
+from gem_kernels.linear.products import Products
 
 EXPONENTS = (8, 10, 12)
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"

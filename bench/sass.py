@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gem_kernels.kernels import catalogue
+from gem_kernels.backends.triton import catalogue
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -3,6 +3,7 @@ the SEGA loss (GEM, arXiv 2511.13007), without a second tensor of the size of th
 
     token_stats            logits -> log-prob and entropy of each token, both differentiable
     entropy_scores         entropies -> score of each completion
+    completion_features    entropies and log-probs -> nine features of each completion, for a `LinearScore`
     group_advantages       scores -> advantages within each prompt's group
     fused_entropy_score    the three in one
     sega_loss              logits -> the SEGA loss
@@ -15,19 +16,36 @@ and from hidden states, where the logits never exist whole:
 Importing this looks at no device, compiles nothing and needs torch alone; Triton is imported when a kernel runs.
 """
 
-from .linear_head import linear_token_stats
-from .linear_losses import fused_linear_policy_loss, fused_linear_sega_loss
+from .linear.policy_loss import fused_linear_policy_loss
+from .linear.sega_loss import fused_linear_sega_loss
+from .linear.stats import fused_linear_entropy_score, linear_token_stats
+from .logit_stats import token_stats
 from .losses import sega_loss
-from .scores import entropy_scores, fused_entropy_score, fused_linear_entropy_score, group_advantages
-from .token_stats import token_stats
-from .types import EntropyScoreOutput, EntropyScores, PolicyLossOutput, SegaOutput, TokenStats
+from .scores import (
+    completion_features,
+    entropy_scores,
+    fused_entropy_score,
+    group_advantages,
+)
+from .types import (
+    CompletionFeatures,
+    EntropyScoreOutput,
+    EntropyScores,
+    LinearScore,
+    PolicyLossOutput,
+    SegaOutput,
+    TokenStats,
+)
 
 __all__ = [
+    "CompletionFeatures",
     "EntropyScoreOutput",
     "EntropyScores",
+    "LinearScore",
     "PolicyLossOutput",
     "SegaOutput",
     "TokenStats",
+    "completion_features",
     "entropy_scores",
     "fused_entropy_score",
     "fused_linear_entropy_score",

@@ -46,6 +46,11 @@ def check_tensor(
         fail(name, f"on {device}, like the other tensors", value.device)
 
 
+def check_floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        fail(name, "a floating-point tensor", getattr(value, "dtype", type(value).__name__))
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         fail(name, f"one of {', '.join(map(repr, choices))}", repr(value))

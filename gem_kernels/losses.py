@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .logit_stats import token_stats
 from .scores import counted_targets, entropy_scores, group_advantages
-from .token_stats import token_stats
 from .types import SegaOutput
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")

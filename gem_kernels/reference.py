@@ -8,11 +8,12 @@ Formulas: GEM (arXiv 2511.13007) Eq. 1 and 2; docs/math.md derives the gradients
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .types import EntropyScores, SegaOutput, TokenStats
+from .types import FEATURES, CompletionFeatures, EntropyScores, SegaOutput, TokenStats
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -61,40 +62,58 @@ def top_count(top_m: float | int, n: int) -> int:
 def entropy_scores(
     entropy: Tensor,
     *,
+    answer_start: Tensor,
+    fork_weight: float = 1.0,
+    **layout: Any,
+) -> EntropyScores:
+    """S = -final + fork_weight * fork; the arguments are those of `gem_kernels.entropy_scores`."""
+    x = completion_features(entropy, torch.zeros_like(entropy), answer_start=answer_start, **layout)
+    score = torch.where(x.valid, -x.final_entropy + fork_weight * x.fork_entropy, 0.0)
+    return EntropyScores(score, x.final_entropy, x.fork_entropy, x.valid)
+
+
+def completion_features(
+    entropy: Tensor,
+    logprobs: Tensor,
+    *,
     completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     answer_start: Tensor,
-    fork_weight: float = 1.0,
     top_m: float | int = 0.1,
     no_answer: str = "tail",
     valid: Tensor | None = None,
-) -> EntropyScores:
-    """One sequence after the other; see `gem_kernels.entropy_scores` for the meaning of the arguments."""
+) -> CompletionFeatures:
+    """One sequence after the other; see `gem_kernels.completion_features` for the meaning of the arguments."""
     n_sequences = answer_start.shape[0]
-    score, final, fork = (entropy.new_zeros(n_sequences) for _ in range(3))
+    x = {name: entropy.new_zeros(n_sequences) for name in FEATURES}
     ok = torch.zeros(n_sequences, dtype=torch.bool, device=entropy.device)
     for i in range(n_sequences):
         if cu_seqlens is not None:
-            values = entropy[int(cu_seqlens[i]) : int(cu_seqlens[i + 1])]
-            counted = torch.ones_like(values, dtype=torch.bool)
+            here = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+            h, logp = entropy[here], logprobs[here]
+            counted = torch.ones_like(h, dtype=torch.bool)
         else:
             positions = completion_mask[i].nonzero()[:, 0]
-            first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
-            values, counted = entropy[i, first:end], completion_mask[i, first:end]
-        start, length = int(answer_start[i]), values.shape[0]
+            here = slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
+            h, logp, counted = entropy[i, here], logprobs[i, here], completion_mask[i, here]
+        start, length = int(answer_start[i]), h.shape[0]
         if not 0 <= start < length:
             if no_answer == "exclude":
                 continue
             start = 4 * length // 5
-        answer, reasoning = values[start:][counted[start:]], values[:start][counted[:start]]
+        answer, reasoning = h[start:][counted[start:]], h[:start][counted[:start]]
         if len(answer) == 0 or (valid is not None and not bool(valid[i])):
             continue
         ok[i] = True
-        final[i] = answer.mean()
+        x["final_entropy"][i] = answer.mean()
         if len(reasoning):
-            fork[i] = reasoning.sort(descending=True).values[: top_count(top_m, len(reasoning))].mean()
-        score[i] = -final[i] + fork_weight * fork[i]
-    return EntropyScores(score, final, fork, ok)
+            x["fork_entropy"][i] = reasoning.sort(descending=True).values[: top_count(top_m, len(reasoning))].mean()
+            x["reasoning_entropy"][i] = reasoning.mean()
+        x["mean_entropy"][i], x["max_entropy"][i] = h[counted].mean(), h[counted].max()
+        logp = logp[counted]
+        x["mean_logprob"][i], x["sum_logprob"][i], x["min_logprob"][i] = logp.mean(), logp.sum(), logp.min()
+        x["length"][i] = len(logp)
+    return CompletionFeatures(**x, valid=ok)
 
 
 def group_advantages(

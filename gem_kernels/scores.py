@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .linear_head import linear_token_stats
-from .token_stats import token_stats
-from .types import EntropyScoreOutput, EntropyScores, TokenStats
+from .backends.cpu import span_scores as cpu
+from .logit_stats import token_stats
+from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, TokenStats
 
 MAPPINGS = ("identity", "softmax", "rank")
 SCALES = ("none", "group")
@@ -21,95 +21,121 @@ NO_ANSWER = ("tail", "exclude")
 @torch.library.custom_op("gem_kernels::span_scores", mutates_args=())
 def span_scores_op(
     entropy: Tensor,
+    logprobs: Optional[Tensor],  # noqa: UP045
     completion_mask: Optional[Tensor],  # noqa: UP045
     cu_seqlens: Optional[Tensor],  # noqa: UP045
     answer_start: Tensor,
     valid: Optional[Tensor],  # noqa: UP045
-    fork_weight: float,
+    weights: list[float],
     top_numerator: int,
     top_denominator: int,
     exclude: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, T] or [N] float32 -> score, final_entropy, fork_entropy [B] float32, valid [B] bool."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T] or [N] float32 -> features [9, B] float32 in the order of FEATURES, score [B] float32, valid [B] bool.
+
+    score = sum of weight * feature; without `logprobs` their features are 0.
+    """
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         steps = cu_seqlens[1:] - cu_seqlens[:-1]
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != entropy.shape[0] or bool((steps < 0).any()):
             arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
+    entropy = entropy.contiguous()
+    logprobs = None if logprobs is None else logprobs.contiguous()
+    tokens = (entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid)
     if backend != "triton":
-        args = (entropy, completion_mask, cu_seqlens, answer_start, valid)
-        return _span_scores_torch(*args, fork_weight, top_numerator, top_denominator, exclude)
+        return cpu.span_scores(*tokens, weights, top_numerator, top_denominator, exclude, compiled=backend == "cpu")
 
-    from .kernels import span_scores as kernels
+    from .backends.triton import launch
 
-    B = answer_start.shape[0]
-    score, final, fork = (torch.empty(B, dtype=torch.float32, device=entropy.device) for _ in range(3))
-    ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
-    if B == 0:
-        return score, final, fork, ok
-    mask = None if completion_mask is None else completion_mask.contiguous().view(torch.int8)
-    with torch.cuda.device_of(entropy):
-        kernels.span_scores[(B,)](
-            entropy.contiguous(),
-            mask,
-            None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
-            answer_start.to(torch.int64).contiguous(),
-            None if valid is None else valid.contiguous().view(torch.int8),
-            score,
-            final,
-            fork,
-            ok.view(torch.int8),
-            entropy.numel(),
-            entropy.shape[-1],
-            fork_weight,
-            top_numerator,
-            top_denominator,
-            PACKED=cu_seqlens is not None,
-            EXCLUDE=exclude,
-            HAS_VALID=valid is not None,
-            BLOCK=kernels.BLOCK,
-            num_warps=8,
-        )
-    return score, final, fork, ok
+    return launch.span_scores(*tokens, weights, top_numerator, top_denominator, exclude)
 
 
 @span_scores_op.register_fake
-def _(entropy, completion_mask, cu_seqlens, answer_start, valid, *args):
-    values = [torch.empty(answer_start.shape, dtype=torch.float32, device=entropy.device) for _ in range(3)]
-    return (*values, torch.empty(answer_start.shape, dtype=torch.bool, device=entropy.device))
+def _(entropy, logprobs, completion_mask, cu_seqlens, answer_start, *args):
+    features = torch.empty(len(FEATURES), answer_start.shape[0], dtype=torch.float32, device=entropy.device)
+    return features, torch.empty_like(features[0]), torch.empty_like(features[0], dtype=torch.bool)
 
 
-def _span_scores_torch(
-    entropy, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_numerator, top_denominator, exclude
-):
-    """One sequence after the other, the top m by `torch.topk` (a selection). On a GPU this waits for the device."""
-    starts = answer_start.tolist()
-    usable = [True] * len(starts) if valid is None else valid.tolist()
-    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-    score, final, fork = torch.zeros(3, len(starts), dtype=torch.float64).unbind()
-    ok = torch.zeros(len(starts), dtype=torch.bool)
-    for i, start in enumerate(starts):
-        if offsets is not None:
-            values, counted = entropy[offsets[i] : offsets[i + 1]], None
-        else:
-            positions = completion_mask[i].nonzero()[:, 0]
-            first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
-            values, counted = entropy[i, first:end], completion_mask[i, first:end]
-        n = values.shape[0]
-        found = 0 <= start < n
-        start = start if found else 4 * n // 5
-        answer, reasoning = values[start:], values[:start]
-        if counted is not None and len(positions) < n:
-            answer, reasoning = answer[counted[start:]], reasoning[counted[:start]]
-        if not usable[i] or len(answer) == 0 or (exclude and not found):
-            continue
-        ok[i] = True
-        final[i] = answer.double().mean()
-        if len(reasoning):
-            m = top_numerator * len(reasoning) // top_denominator if top_denominator else top_numerator
-            fork[i] = reasoning.topk(min(max(m, 1), len(reasoning)), sorted=False).values.double().mean()
-        score[i] = fork_weight * fork[i] - final[i]
-    return (*tuple(x.to(entropy.device, torch.float32) for x in (score, final, fork)), ok.to(entropy.device))
+def completion_features(
+    entropy: Tensor,
+    logprobs: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> CompletionFeatures:
+    """Nine numbers that the tokens of a completion say of it, for a linear score of one's own (`LinearScore`).
+
+        final, fork, reasoning, mean, max entropy;   mean, sum, min log-prob;   length
+
+    Final and fork are those of `entropy_scores`; reasoning is the mean over the reasoning span; the others are over
+    all counted tokens.
+
+    Args:
+        entropy, logprobs: [B, T] with `completion_mask`, or [N] with `cu_seqlens`; nats, any floating dtype, as
+            `token_stats` gives them.
+        The rest: as for `entropy_scores`.
+
+    Returns:
+        CompletionFeatures, each [B] float32, constants of the gradient. Invalid completions have zeros. A log-prob of
+        -inf makes -inf of mean, sum and min; a NaN makes NaN of what is made from it, in its own completion only.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Example:
+        >>> x = completion_features(stats.entropy, stats.logprobs, completion_mask=mask, answer_start=start)
+        >>> x.score(LinearScore({"final_entropy": -1.0, "mean_logprob": 2.0}))
+    """
+    arguments.check_floating("logprobs", logprobs)
+    features, _, ok = _span_features(
+        entropy, logprobs, completion_mask, cu_seqlens, answer_start, None, top_m, no_answer, valid, backend
+    )
+    return CompletionFeatures(*features.unbind(0), ok)
+
+
+def _span_features(
+    entropy: Tensor,
+    logprobs: Tensor | None,
+    completion_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    answer_start: Tensor,
+    weights: Sequence[float] | None,
+    top_m: float | int,
+    no_answer: str,
+    valid: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, with its arguments checked; no weights: a score of 0."""
+    arguments.check_floating("entropy", entropy)
+    B = arguments.check_layout(entropy, "entropy", completion_mask, cu_seqlens)
+    arguments.check_tensor(
+        "answer_start", answer_start, shape=(B,), dtypes=(torch.int64, torch.int32), device=entropy.device
+    )
+    if logprobs is not None:
+        arguments.check_tensor("logprobs", logprobs, shape=entropy.shape, device=entropy.device)
+    if valid is not None:
+        arguments.check_tensor("valid", valid, shape=(B,), dtypes=(torch.bool,), device=entropy.device)
+    numerator, denominator = arguments.top_fraction(top_m)
+    arguments.check_choice("no_answer", no_answer, NO_ANSWER)
+    return span_scores_op(
+        entropy.detach().float(),
+        None if logprobs is None else logprobs.detach().float(),
+        completion_mask,
+        cu_seqlens,
+        answer_start,
+        valid,
+        [0.0] * len(FEATURES) if weights is None else list(weights),
+        numerator,
+        denominator,
+        no_answer == "exclude",
+        arguments.check_backend(backend, entropy.device),
+    )
 
 
 def entropy_scores(
@@ -156,32 +182,12 @@ def entropy_scores(
 
     Source: GEM (arXiv 2511.13007), Eq. 1.
     """
-    if not isinstance(entropy, Tensor) or not entropy.is_floating_point():
-        arguments.fail("entropy", "a floating-point tensor", getattr(entropy, "dtype", type(entropy).__name__))
-    B = arguments.check_layout(entropy, "entropy", completion_mask, cu_seqlens)
-    arguments.check_tensor(
-        "answer_start", answer_start, shape=(B,), dtypes=(torch.int64, torch.int32), device=entropy.device
-    )
-    if valid is not None:
-        arguments.check_tensor("valid", valid, shape=(B,), dtypes=(torch.bool,), device=entropy.device)
     arguments.check_number("fork_weight", fork_weight)
-    numerator, denominator = arguments.top_fraction(top_m)
-    arguments.check_choice("no_answer", no_answer, NO_ANSWER)
-    backend = arguments.check_backend(backend, entropy.device)
-    return EntropyScores(
-        *span_scores_op(
-            entropy.detach().float(),
-            completion_mask,
-            cu_seqlens,
-            answer_start,
-            valid,
-            float(fork_weight),
-            numerator,
-            denominator,
-            no_answer == "exclude",
-            backend,
-        )
+    paper = (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
+    features, score, ok = _span_features(
+        entropy, None, completion_mask, cu_seqlens, answer_start, paper, top_m, no_answer, valid, backend
     )
+    return EntropyScores(score, features[0], features[1], ok)
 
 
 @torch.library.custom_op("gem_kernels::group_advantages", mutates_args=())
@@ -195,54 +201,16 @@ def group_advantages_op(
     backend: str,
 ) -> Tensor:
     if backend != "triton":
-        return _group_advantages_torch(scores, group_size, valid, mapping, scale, eps)
+        return cpu.group_advantages(scores, group_size, valid, mapping, scale, eps)
 
-    from .kernels import span_scores as kernels
+    from .backends.triton import launch
 
-    advantages = torch.empty_like(scores)
-    if scores.numel() == 0:
-        return advantages
-    with torch.cuda.device_of(scores):
-        kernels.group_advantages[(scores.shape[0] // group_size,)](
-            advantages,
-            scores,
-            None if valid is None else valid.contiguous().view(torch.int8),
-            group_size,
-            eps,
-            MAPPING=MAPPINGS.index(mapping),
-            SCALE=scale == "group",
-            HAS_VALID=valid is not None,
-            BLOCK=max(2, 1 << (group_size - 1).bit_length()),
-            num_warps=1 if group_size <= 128 else 4,
-        )
-    return advantages
+    return launch.group_advantages(scores, group_size, valid, MAPPINGS.index(mapping), scale == "group", eps)
 
 
 @group_advantages_op.register_fake
 def _(scores, *args):
     return torch.empty_like(scores)
-
-
-def _group_advantages_torch(scores, group_size, valid, mapping, scale, eps):
-    """[P, G] at once, with no wait for the device."""
-    s = scores.view(-1, group_size)
-    member = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.view(-1, group_size)
-    n = member.sum(1, keepdim=True)
-    outside = s.new_full((), -torch.inf)
-    if mapping == "identity":
-        r = s
-    elif mapping == "softmax":
-        r = torch.where(n > 0, torch.where(member, s, outside).softmax(1), 0.0)
-    else:
-        beats = (s[:, :, None] > s[:, None, :]).to(s.dtype) + 0.5 * (s[:, :, None] == s[:, None, :]).to(s.dtype)
-        r = ((beats * member[:, None, :]).sum(2) - 0.5) / (n - 1).clamp(min=1)
-    # Less the largest, so that equal members are exact zeros before the mean is taken.
-    top = torch.where(member, r, outside).amax(1, keepdim=True)
-    r = torch.where(member, r - top, 0.0)
-    a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
-    if scale == "group":
-        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(n > 1, a, 0.0).reshape(-1)
 
 
 def group_advantages(
@@ -355,10 +323,10 @@ def fused_entropy_score(
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
     span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
     group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)
+    return scored(stats, {**layout, **span}, group, backend)
 
 
-def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
+def scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
     scores = entropy_scores(stats.entropy, **span, backend=backend)
     advantages = group_advantages(scores.score, **group, valid=scores.valid, backend=backend)
     return EntropyScoreOutput(
@@ -370,68 +338,3 @@ def _scored(stats: TokenStats, span: dict, group: dict, backend: str) -> Entropy
         stats.logprobs,
         stats.entropy,
     )
-
-
-def fused_linear_entropy_score(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    completion_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    answer_start: Tensor,
-    group_size: int,
-    fork_weight: float = 1.0,
-    top_m: float | int = 0.1,
-    no_answer: str = "tail",
-    valid: Tensor | None = None,
-    mapping: str = "identity",
-    scale: str = "none",
-    eps: float = 1e-4,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
-    backend: str = "auto",
-) -> EntropyScoreOutput:
-    """`fused_entropy_score` from hidden states: the logits never exist whole.
-
-    Args:
-        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
-        weight: [V, D]; bias [V] or None.
-        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
-
-    Returns:
-        EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
-        rest are constants of the gradient.
-
-    Raises:
-        ValueError: an argument is not as those functions ask.
-    """
-    if isinstance(targets, Tensor):
-        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
-        targets = counted_targets(targets, completion_mask, ignore_index)
-    stats = linear_token_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes,
-        process_group=process_group,
-        vocab_starts=vocab_starts,
-        backend=backend,
-    )
-    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
-    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return _scored(stats, {**layout, **span}, group, backend)

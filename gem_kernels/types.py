@@ -11,14 +11,16 @@ The types are pytrees, so they pass through torch.compile, torch.utils._pytree a
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+FLOAT32_MAX = 3.4028234663852886e38
 NO_TARGET = -(2**62)
 """A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
-Log-prob NaN, gradient without the target's own term. A shard of a vocabulary sees most targets so (vocab_parallel.py).
+Log-prob NaN, gradient without the term of its target. A shard of a vocabulary sees most targets so.
 """
 
 
@@ -30,6 +32,94 @@ class TokenStats:
     """log p(target), nats. 0 where the target is ignored."""
     entropy: Tensor
     """H = -sum_v p_v log p_v, nats. 0 where the target is ignored."""
+
+
+FEATURES = (
+    "final_entropy", "fork_entropy", "reasoning_entropy", "mean_entropy", "max_entropy",
+    "mean_logprob", "sum_logprob", "min_logprob", "length",
+)  # fmt: skip
+"""The features of a completion, in the order the operators hold them."""
+
+
+@dataclass(frozen=True)
+class CompletionFeatures:
+    """What the tokens of each completion say of it; all [B] float32. An invalid completion has zeros."""
+
+    final_entropy: Tensor
+    """Mean entropy of the answer span, nats."""
+    fork_entropy: Tensor
+    """Mean of the m largest entropies of the reasoning span, nats; 0 when that span is empty."""
+    reasoning_entropy: Tensor
+    """Mean entropy of the reasoning span, nats; 0 when that span is empty."""
+    mean_entropy: Tensor
+    """Mean entropy of all counted tokens, nats."""
+    max_entropy: Tensor
+    """Largest entropy of a counted token, nats."""
+    mean_logprob: Tensor
+    """Mean log-prob of the counted tokens, nats."""
+    sum_logprob: Tensor
+    """Log-prob of the whole completion, nats."""
+    min_logprob: Tensor
+    """Smallest log-prob of a counted token, nats."""
+    length: Tensor
+    """Counted tokens."""
+    valid: Tensor
+    """Boolean, as in `EntropyScores`."""
+
+    def score(self, linear: LinearScore) -> Tensor:
+        """sum_f weights[f] * x_f / scales[f], [B] float32; 0 for an invalid completion."""
+        total = torch.zeros_like(self.length)
+        for name, coefficient in zip(FEATURES, linear.coefficients):
+            if coefficient:
+                total = total + coefficient * getattr(self, name)
+        return torch.where(self.valid, total, 0.0)
+
+
+@dataclass(frozen=True)
+class LinearScore:
+    """A score that is linear in named features of a completion (`FEATURES`):
+
+        S = sum_f weights[f] * x_f / scales[f]
+
+    Features without a weight are left out, whatever they hold. The paper's score is
+    LinearScore({"final_entropy": -1.0, "fork_entropy": fork_weight}).
+
+    Args:
+        weights: by feature name; finite, at least one of them not zero. Higher scores are better.
+        scales: by feature name, finite and above 0; 1 where not given.
+
+    Raises:
+        ValueError: a name is unknown, or a number is not as above.
+
+    Example:
+        >>> calibrated = LinearScore({"final_entropy": -0.2, "mean_logprob": 1.4}, {"mean_logprob": 0.08})
+        >>> out = fused_entropy_score(logits, ids, completion_mask=mask, answer_start=start, group_size=8,
+        ...                           score=calibrated)
+    """
+
+    weights: Mapping[str, float]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in (("weights", self.weights), ("scales", self.scales)):
+            if not isinstance(values, Mapping):
+                raise ValueError(f"`{name}` must be a mapping from feature names to numbers, got {values!r}")
+            for feature, value in values.items():
+                if feature not in FEATURES:
+                    raise ValueError(f"`{name}` must name features among {', '.join(FEATURES)}, got {feature!r}")
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not number or not abs(value) <= FLOAT32_MAX or (name == "scales" and value <= 0):
+                    wanted = "finite numbers" + (" above 0" if name == "scales" else "")
+                    raise ValueError(f"`{name}` must hold {wanted}, got {feature}: {value!r}")
+        if not any(self.weights.values()):
+            raise ValueError(f"`weights` must have a weight that is not 0, got {dict(self.weights)!r}")
+        if not all(abs(value) <= FLOAT32_MAX for value in self.coefficients):
+            raise ValueError(f"`weights` over `scales` must fit float32, got {self.coefficients!r}")
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """weights[f] / scales[f], one for each of `FEATURES`; 0 for those without a weight."""
+        return tuple(float(self.weights.get(name, 0.0)) / float(self.scales.get(name, 1.0)) for name in FEATURES)
 
 
 @dataclass(frozen=True)
@@ -94,5 +184,5 @@ class PolicyLossOutput:
     active_weight_error: Tensor | None = None
 
 
-for _type in (TokenStats, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):
+for _type in (TokenStats, CompletionFeatures, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):
     torch.utils._pytree.register_dataclass(_type, field_names=[f.name for f in dataclasses.fields(_type)])

@@ -4,11 +4,11 @@ import io
 import json
 
 import pytest
-from helpers import save_tiny
 from rich.console import Console
 
 from bench import ablations
 from gem.errors import UserError
+from tests.helpers import save_tiny
 
 SMALL = {"max_completion_length": 6, "max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
 SETTINGS = {**ablations.SETTINGS, **SMALL}

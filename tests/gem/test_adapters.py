@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -28,6 +27,7 @@ from gem.model.load import (
 from gem.model.lora import Lora, add_lora, is_adapted, is_untouched, merged_state_dict
 from gem.run import checkpoint
 from gem.train import train
+from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 
 IDS = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
 

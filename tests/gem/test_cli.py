@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import yaml
-from helpers import save_tiny
 
 from gem import cli
 from gem.config.read import build_config, load_config
 from gem.config.settings import TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
+from tests.helpers import save_tiny
 
 NEEDED = {"model": "m", "train_file": "t.jsonl", "output_dir": "o"}
 

@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
 
 from gem.config.read import build_config
 from gem.config.settings import DIRECT_SYSTEM_PROMPT
@@ -17,6 +16,7 @@ from gem.data.pairs import PairOptions, load_pairs, load_run_pairs, pair_options
 from gem.data.prompts import prompt_format, run_system_prompt
 from gem.data.sources import RowPolicy, read_rows
 from gem.errors import UserError
+from tests.helpers import tiny_tokenizer
 
 GOOD = {"prompt": "1 + 1?", "chosen": "Final Answer: 2", "rejected": "Final Answer: 3"}
 

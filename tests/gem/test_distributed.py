@@ -5,7 +5,6 @@ import io
 import pytest
 import torch
 import yaml
-from helpers import LORA, assert_close, launch, rows, save_tiny, settings
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +12,7 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
 from gem.train import train
+from tests.helpers import LORA, assert_close, launch, rows, save_tiny, settings
 
 CASES = {
     "full": ({}, {}),

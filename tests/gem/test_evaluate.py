@@ -5,7 +5,6 @@ import io
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 from rich.console import Console
 
 from gem.data.batches import TokenizedPair
@@ -15,6 +14,7 @@ from gem.evaluation.statistics import wilson_interval
 from gem.model.forward import pair_logprobs
 from gem.rollout.sample import Sampling, given_completions
 from gem.scoring.score import Scoring, rank_candidates
+from tests.helpers import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

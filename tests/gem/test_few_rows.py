@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 from torch import nn
 
 from gem.model.lora import Lora, add_lora
 from gem.rollout import cpu_linear as few_rows
 from gem.rollout.cpu_linear import MOST_ROWS, few_row_products
 from gem.rollout.sample import Sampling, roll_out
+from tests.helpers import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 
 from gem.rollout.sample import given_completions
 from gem.scoring import score as filtering
 from gem.scoring.score import Scoring, overlong_penalty, rank_candidates, ranking_metrics, score_rollout
 from gem_kernels import group_advantages
+from tests.helpers import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

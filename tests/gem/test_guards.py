@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers import END, TOKENIZER, encode, rollout_of, tiny_model
 
 from gem.config.read import build_config
 from gem.rollout.sample import given_completions
@@ -12,6 +11,7 @@ from gem.run.guards import Baseline, Breach, Guards, Limits, breaches, lowered, 
 from gem.run.metrics import fork_repetition
 from gem.scoring.forks import fork_tokens, repeated_tokens
 from gem.scoring.score import Scoring, score_rollout
+from tests.helpers import END, TOKENIZER, encode, rollout_of, tiny_model
 
 START = Baseline(mean_length=40.0, span_rate=0.8, best_preference=0.75)
 CALM = {

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from helpers import rollout_of, save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import modeling_flash_attention_utils as flash_attention
 
@@ -22,6 +21,7 @@ from gem.model.load import (
     load_tokenizer,
     save_pretrained,
 )
+from tests.helpers import rollout_of, save_tiny, tiny_model, tiny_tokenizer, write_gguf
 
 
 def test_gguf_in_safetensors_out(tmp_path):

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
 
 from gem.data.batches import TokenizedPair
 from gem.model.forward import completion_stats, measured_stats, pair_logprobs
@@ -17,6 +16,7 @@ from gem.scoring.score import Scoring, score_rollout
 from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import Trainer
 from gem.update.sega import SegaUpdate, clip_range, clipped_loss, k3, mean_kl, sega_step
+from tests.helpers import END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
 
 CPU = Accelerator(cpu=True)
 

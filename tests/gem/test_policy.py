@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import rollout_of, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -11,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from gem.model import forward as policy
 from gem.model.lora import Lora, add_lora
 from gem_kernels.integrations.transformers import causal_lm_head
+from tests.helpers import rollout_of, tiny_model
 
 KINDS = ("plain", "lora", "checkpointed", "lora checkpointed", "ddp", "lora ddp")
 

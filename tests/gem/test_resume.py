@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import save_tiny, tiny_model
 from rich.console import Console
 
 from gem.config.read import build_config
@@ -22,6 +21,7 @@ from gem.files import write_jsonl
 from gem.run import checkpoint
 from gem.run.session import MAY_CHANGE
 from gem.train import train
+from tests.helpers import save_tiny, tiny_model
 
 # LoRA's dropout draws from the generators, and the second adapter weight is random: both must come back.
 RUN = {

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 
 from gem.data.batches import collate, pad_rows
 from gem.model import forward as policy
 from gem.model.forward import completion_hidden, completion_stats
 from gem.rollout.sample import Sampling, given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
+from tests.helpers import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from gem.data.answers import (
 )
 from gem.data.batches import pad_rows
 from gem.errors import UserError
+from tests.helpers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import save_tiny
 from rich.console import Console
 
 from gem import files
@@ -22,6 +21,7 @@ from gem.run import guards
 from gem.run.tracking import JsonLines, Tracker, check_report_to
 from gem.train import train
 from gem.update.optimizer import Trainer
+from tests.helpers import save_tiny
 
 RUN = {
     "num_generations": 2, "max_completion_length": 6, "max_steps": 4, "prompts_per_step": 2, "micro_batch_size": 2,

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import yaml
-from helpers import save_tiny, tiny_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +18,7 @@ from gem.evaluation.report import evaluation_table
 from gem.files import write_jsonl
 from gem.run.checkpoint import save_model
 from gem.train import TrainResult, train
+from tests.helpers import save_tiny, tiny_model
 
 TINY_RUN = {
     "num_generations": 3, "max_completion_length": 10, "max_steps": 3, "prompts_per_step": 4, "micro_batch_size": 2,

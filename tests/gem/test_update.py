@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from helpers import CPU, END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
 
 from gem.data.batches import TokenizedPair
 from gem.rollout.sample import given_completions
@@ -14,6 +13,7 @@ from gem.update.optimizer import Trainer
 from gem.update.sega import SegaUpdate, sega_denominator, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import EntropyScores
+from tests.helpers import CPU, END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
 
 
 @pytest.mark.parametrize("loss_type", ["sum", "mean", "token", "constant"])

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -39,6 +38,7 @@ from gem.model.lora import Lora, add_lora
 from gem.rollout.sample import Sampling, roll_out, row_keys
 from gem.rollout.vllm import Colocated, Server, check_vllm, policy_weights
 from gem.train import train
+from tests.helpers import tiny_model, tiny_tokenizer
 
 # Tests of vLLM itself; it has kernels for heads of 32 and more.
 with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import LORA, assert_close, launch, rows, save_tiny, settings
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,7 @@ from gem.files import write_jsonl
 from gem.parallel import deepspeed as zero
 from gem.parallel import processes
 from gem.train import train
+from tests.helpers import LORA, assert_close, launch, rows, save_tiny, settings
 
 # Every weight of the tiny model is divided, as a large model's are; by default the small ones stay whole.
 STAGES = {1: {"stage": 1}, 2: {"stage": 2}, 3: {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -90,7 +90,7 @@ SCRIPT = """
 import math, sys
 import torch
 sys.path.insert(0, {tests!r})
-from helpers import tiny_model
+from tests.helpers import tiny_model
 from gem.run import checkpoint
 from gem.data.batches import collate
 from gem.model.forward import completion_stats, measured_stats

@@ -1,0 +1,68 @@
+"""Rows of logits to the backend that was chosen. What is given was checked; values inside tensors by `check_values`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from .cpu import row_stats as cpu
+
+
+def row_view(logits: Tensor) -> Tensor | None:
+    """[..., V] -> a view [R1, R2, V] of rows that are contiguous and apart, or None where only a copy will do."""
+    V = logits.shape[-1]
+    if V > 1 and logits.stride(-1) != 1:
+        return None
+    if logits.dim() == 1:
+        return logits[None, None]
+    if logits.dim() == 2:
+        view = logits[None]
+    elif logits.dim() == 3:
+        view = logits
+    else:
+        try:
+            view = logits.view(logits.shape[0], -1, V)
+        except RuntimeError:
+            return None
+    R1, R2, _ = view.shape
+    outer, inner = view.stride(0), view.stride(1)
+    within = R2 <= 1 or inner >= V
+    apart = R1 <= 1 or outer >= (R2 - 1) * inner + V
+    transposed = outer >= V and inner >= (R1 - 1) * outer + V
+    return view if (within and apart) or transposed else None
+
+
+def rows_forward(rows, targets, temperature, temperatures, softcap, ignore_index, backend):
+    """[R1, R2, V] (see row_view), targets [N] int64 -> logprobs, entropy, row_max, log_sum [N]. Nothing is checked."""
+    if backend == "triton":
+        from .triton import launch
+
+        return launch.row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_index)
+    tau = temperature if temperatures is None else temperatures
+    return cpu.row_stats_forward(rows, targets, tau, softcap, ignore_index, compiled=backend == "cpu")
+
+
+def rows_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, backend):
+    """Writes dL/drows into `grad` [R1, R2, V], which may be `rows`.
+
+    stats: row_max, log_sum, entropy, dL/dlogprobs, dL/dentropy, each [N] float32 and contiguous.
+    """
+    if backend == "triton":
+        from .triton import launch
+
+        launch.row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats)
+        return
+    tau = temperature if temperatures is None else temperatures
+    cpu.row_stats_backward(grad, rows, targets, tau, softcap, ignore_index, *stats, compiled=backend == "cpu")
+
+
+def check_values(targets: Tensor, temperatures: Tensor | None, ignore_index: int, V: int) -> None:
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    outside = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bool(outside.any()):
+        value = int(targets[outside][0])
+        arguments.fail("targets", f"in [0, {V}) or ignore_index ({ignore_index})", f"{value}")
+    if temperatures is not None and not bool((torch.isfinite(temperatures) & (temperatures > 0)).all()):
+        arguments.fail("temperature", "finite and above 0 everywhere", f"a minimum of {float(temperatures.min())}")

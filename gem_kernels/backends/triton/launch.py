@@ -1,0 +1,171 @@
+"""Starts the Triton kernels: shapes, grids and launch options. Nothing is checked; outputs are allocated here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import row_stats
+from . import span_scores as spans
+
+# Rows are cut among several programs until this many programs share each multiprocessor.
+PROGRAMS_PER_SM = 2
+
+
+def _split_count(n_rows: int, V: int, block: int, device: torch.device) -> int:
+    """Programs per row: 1 when the rows alone fill the device, else enough to fill it, each with a block at least."""
+    if device.type != "cuda":
+        return 1
+    programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    if n_rows >= programs:
+        return 1
+    return max(1, min(64, -(-programs // n_rows), V // block))
+
+
+def _span(V: int, block: int, splits: int) -> int:
+    """Columns per split, a multiple of `block`; the splits together cover V."""
+    return max(1, -(-V // (block * splits))) * block
+
+
+def _options(rows: Tensor, softcap: float | None, temperatures: Tensor | None) -> dict:
+    nvidia = rows.device.type == "cuda" and torch.version.hip is None
+    return {"TEMPERATURE_TENSOR": temperatures is not None, "SOFTCAP": softcap is not None, "PTX": nvidia}
+
+
+def row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_index, splits=None):
+    R1, R2, V = rows.shape
+    N = R1 * R2
+    logprobs, entropy, row_max, log_sum = torch.empty(4, N, dtype=torch.float32, device=rows.device).unbind()
+    if N == 0:
+        return logprobs, entropy, row_max, log_sum
+    launch = row_stats.launch_options(V, rows.element_size())
+    splits = splits or _split_count(N, V, launch.block, rows.device)
+    options = _options(rows, softcap, temperatures)
+    partial = torch.empty(N, splits, 3, dtype=torch.float32, device=rows.device) if splits > 1 else logprobs
+    args = (rows, targets, temperature, temperatures, softcap or 1.0, logprobs, entropy, row_max, log_sum, partial)
+    shape = (V, R2, rows.stride(0), rows.stride(1))
+    with torch.cuda.device_of(rows):
+        row_stats.row_stats_forward[(N, splits)](
+            *args,
+            *shape,
+            _span(V, launch.block, splits),
+            splits,
+            ignore_index,
+            **options,
+            SPLIT=splits > 1,
+            BLOCK=launch.block,
+            LANES=launch.lanes,
+            ALIGN=launch.align,
+            num_warps=launch.num_warps,
+        )
+        if splits > 1:
+            del options["PTX"]
+            row_stats.row_stats_combine[(N,)](
+                *args, *shape, splits, ignore_index, **options, MAX_SPLITS=row_stats.MAX_SPLITS, num_warps=1
+            )
+    return logprobs, entropy, row_max, log_sum
+
+
+def row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, splits=None):
+    """stats: row_max, log_sum, entropy, grad_logprobs, grad_entropy, each [N] float32. Writes `grad`."""
+    R1, R2, V = rows.shape
+    N = R1 * R2
+    if N == 0:
+        return
+    row_max, log_sum, entropy, grad_logprobs, grad_entropy = stats
+    launch = row_stats.launch_options(V, rows.element_size())
+    splits = splits or _split_count(N, V, launch.block, rows.device)
+    with torch.cuda.device_of(rows):
+        row_stats.row_stats_backward[(N, splits)](
+            grad,
+            rows,
+            targets,
+            temperature,
+            temperatures,
+            softcap or 1.0,
+            grad_logprobs,
+            grad_entropy,
+            entropy,
+            row_max,
+            log_sum,
+            V,
+            R2,
+            rows.stride(0),
+            rows.stride(1),
+            grad.stride(0),
+            grad.stride(1),
+            _span(V, launch.block, splits),
+            ignore_index,
+            **_options(rows, softcap, temperatures),
+            SAME_LAYOUT=grad.stride() == rows.stride(),
+            BLOCK=launch.block,
+            ALIGN=launch.align,
+            num_warps=launch.num_warps,
+        )
+
+
+def span_scores(
+    entropy,
+    logprobs,
+    completion_mask,
+    cu_seqlens,
+    answer_start,
+    valid,
+    weights,
+    numerator,
+    denominator,
+    exclude,
+):
+    """features [9, B] float32, score [B] float32, valid [B] bool; entropy and logprobs are contiguous."""
+    B = answer_start.shape[0]
+    features = torch.empty(len(weights), B, dtype=torch.float32, device=entropy.device)
+    score = torch.empty(B, dtype=torch.float32, device=entropy.device)
+    ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
+    if B == 0:
+        return features, score, ok
+    mask = None if completion_mask is None else completion_mask.contiguous().view(torch.int8)
+    with torch.cuda.device_of(entropy):
+        spans.span_scores[(B,)](
+            entropy,
+            logprobs,
+            mask,
+            None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
+            answer_start.to(torch.int64).contiguous(),
+            None if valid is None else valid.contiguous().view(torch.int8),
+            features,
+            score,
+            ok.view(torch.int8),
+            entropy.numel(),
+            entropy.shape[-1],
+            *weights,
+            numerator,
+            denominator,
+            PACKED=cu_seqlens is not None,
+            EXCLUDE=exclude,
+            HAS_VALID=valid is not None,
+            HAS_LOGPROBS=logprobs is not None,
+            BLOCK=spans.BLOCK,
+            num_warps=8,
+        )
+    return features, score, ok
+
+
+def group_advantages(scores: Tensor, group_size: int, valid: Tensor | None, mapping: int, scale: bool, eps: float):
+    """[B] -> [B]."""
+    advantages = torch.empty_like(scores)
+    if scores.numel() == 0:
+        return advantages
+    with torch.cuda.device_of(scores):
+        spans.group_advantages[(scores.shape[0] // group_size,)](
+            advantages,
+            scores,
+            None if valid is None else valid.contiguous().view(torch.int8),
+            group_size,
+            eps,
+            MAPPING=mapping,
+            SCALE=scale,
+            HAS_VALID=valid is not None,
+            BLOCK=max(2, 1 << (group_size - 1).bit_length()),
+            num_warps=1 if group_size <= 128 else 4,
+        )
+    return advantages

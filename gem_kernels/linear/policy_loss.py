@@ -1,0 +1,124 @@
+"""Any loss of (logprob, entropy) from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..types import PolicyLossOutput
+from .head import TokenRows, check_head, token_rows
+from .one_shot import OneShot, attach, needs_of, reported
+
+
+@arguments.not_compiled
+def fused_linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: Callable[..., Tensor],
+    *,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
+
+        L = sum over chunks of token_loss(logprobs, entropy, **token_inputs)
+
+    `token_loss` is written in plain torch; autograd on its two vectors gives what the head's backward needs, so loss
+    and gradients of hidden, weight and bias cost three matrix products (3 G), and the logits are never whole. Policy
+    gradients with clipping, KL to a reference, entropy bonuses and cross entropy are all of this form.
+
+    Args:
+        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These and the options: `linear_token_stats`.
+        token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
+            over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. On the CPU it
+            does not see ignored tokens; on a GPU it sees them with logprob and entropy 0, and drops their gradient.
+        token_inputs: tensors shaped [..., *] like `targets` in their leading axes (old log-probs, advantages, masks);
+            the rows of the chunk are passed by keyword. They get no gradient.
+
+    Returns:
+        PolicyLossOutput(loss, logprobs, entropy, ...): `loss` a float32 scalar, differentiable once in hidden, weight
+        and bias; the others detached, shaped like `targets`. With `active_vocab` also the share of columns kept and
+        the measured errors of the gradients.
+
+    Raises:
+        ValueError: an argument is not as above, or token_loss returns something other than a scalar.
+
+    Example:
+        >>> def loss(logprobs, entropy, old, advantages):
+        ...     ratio = (logprobs - old).exp()
+        ...     clipped = ratio.clamp(0.8, 1.2)
+        ...     return -torch.min(ratio * advantages, clipped * advantages).sum() / total_tokens
+        >>> out = fused_linear_policy_loss(h, w, ids, loss, token_inputs={"old": old, "advantages": adv})
+        >>> out.loss.backward()
+    """
+    head, number, taus = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
+    if not callable(token_loss):
+        arguments.fail(
+            "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
+        )
+    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    inputs = _flat_inputs(token_inputs or {}, targets, rows)
+    shot = OneShot(rows, head, needs_of(hidden, weight, bias))
+    loss = torch.zeros((), device=hidden.device)
+    out = torch.zeros(2, len(rows), device=hidden.device)
+    for begin in range(0, len(rows), head.rows_per_chunk):
+        end = min(begin + head.rows_per_chunk, len(rows))
+        out[:, begin:end] = torch.stack(shot.statistics(begin, end))
+        logprobs, entropy = (x[begin:end].detach().clone() for x in out)
+        part, a, b = _token_gradients(token_loss, logprobs, entropy, {k: v[begin:end] for k, v in inputs.items()})
+        loss += part
+        shot.gradients(entropy, a, b)
+    gradients, report = shot.finish(), reported(shot.report())
+    loss = attach(hidden, weight, bias, loss, rows, gradients)
+    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out), **report)
+
+
+def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: TokenRows) -> dict[str, Tensor]:
+    flat = {}
+    for name, value in token_inputs.items():
+        arguments.check_tensor(f"token_inputs[{name!r}]", value, device=targets.device)
+        if value.shape[: targets.dim()] != targets.shape:
+            arguments.fail(f"token_inputs[{name!r}]", f"of shape {tuple(targets.shape)} + (...)", tuple(value.shape))
+        if value.requires_grad:
+            arguments.fail(f"token_inputs[{name!r}]", "without requires_grad (it gets no gradient; detach it)", "True")
+        value = value.reshape(-1, *value.shape[targets.dim() :])
+        flat[name] = value if rows.kept is None else value[rows.kept]
+    return flat
+
+
+def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a chunk, and its gradient with respect to logprobs and entropy."""
+    with torch.enable_grad():
+        logprobs.requires_grad_()
+        entropy.requires_grad_()
+        loss = token_loss(logprobs, entropy, **inputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            arguments.fail(
+                "token_loss", "a function that returns a scalar", getattr(loss, "shape", type(loss).__name__)
+            )
+        loss = loss.reshape(())
+        if loss.requires_grad:
+            a, b = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
+        else:
+            a = b = None
+    logprobs.requires_grad_(False)
+    entropy.requires_grad_(False)
+    zeros = torch.zeros_like(logprobs)
+    return loss.detach(), zeros if a is None else a, zeros if b is None else b

@@ -1,0 +1,170 @@
+"""The head's matrix products, a chunk of rows at a time, and the statistics and gradients made of them.
+
+Rows go through the library's matrix product, a chunk at a time, into one workspace of at most `workspace_bytes`; the
+row kernels work on it in place. With G = 2 N D V flop: statistics 1 G; their backward, which makes the logits again,
+3 G more (`linear_token_stats`: two phase, 4 G); a loss whose gradient is known chunk by chunk 3 G (one_shot.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.rows import rows_backward, rows_forward
+from . import vocab_parallel
+from .active_vocab import ActiveProducts, Report
+from .head import Head, TokenRows
+
+# A CPU's product of fewer rows adds its V terms one after the other: an error of 3e-5, where slices have 3e-7.
+FEW_ROWS = 4
+FEW_ROWS_SLICE = 512
+
+
+class Products:
+    """The head's four products of one chunk: logits, and the gradients of hidden, weight and bias.
+
+    Gradients of weight and bias gather in float32 over all chunks. A gradient that nobody needs costs neither memory
+    nor a product. Temporaries stay under the workspace: what must be converted is, a slice of the vocabulary at a time.
+    """
+
+    def __init__(self, head: Head, n_rows: int, needs: tuple[bool, bool, bool]):
+        self.head = head
+        self.V, self.D = head.weight.shape
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs
+        device = head.weight.device
+        n_rows = min(n_rows, head.rows_per_chunk)
+        self.workspace = torch.empty(n_rows, self.V, dtype=head.logits_dtype, device=device)
+        self.gradient_workspace = self.workspace
+        if any(needs) and head.gradient_dtype != head.logits_dtype:
+            self.gradient_workspace = torch.empty(n_rows, self.V, dtype=head.gradient_dtype, device=device)
+        self.grad_weight = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
+        self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
+        self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
+        self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
+        self.active = None
+        if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
+            self.active = ActiveProducts(head.weight, n_rows, head.active_vocab, needs[:2], head.workspace_bytes)
+
+    def _slices(self):
+        return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, V], in the workspace."""
+        head, out = self.head, self.workspace[: hidden.shape[0]]
+        if hidden.dtype == head.logits_dtype:
+            torch.mm(hidden, head.weight.t(), out=out)
+        elif hidden.is_cuda:
+            torch.mm(hidden, head.weight.t(), out_dtype=head.logits_dtype, out=out)
+        else:
+            hidden = hidden.float()
+            for v, w in self._slices():
+                torch.mm(hidden, head.weight[v:w].float().t(), out=out[:, v:w])
+        return out if head.bias is None else out.add_(head.bias)
+
+    def gradient(self, rows: int) -> Tensor:
+        """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
+        return self.gradient_workspace[:rows]
+
+    def backward(self, gradient: Tensor, chunk: tuple, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
+        """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D].
+
+        Of the chunk as TokenRows gives it, with a = dL/dlogprob and b = dL/dentropy.
+        """
+        hidden, targets, tau, taus = chunk
+        done = False
+        if self.active is not None:
+            weights = (a.abs() + b.abs()) / (tau if taus is None else taus)
+            done = self.active.backward(gradient, hidden, grad_hidden, self.grad_weight, targets, weights)
+        if self.needs_hidden and not done:
+            self._hidden(gradient, grad_hidden)
+        if self.needs_weight and not done:
+            self._weight(gradient, hidden)
+        if self.needs_bias:
+            self.grad_bias += gradient.sum(0, dtype=torch.float32)
+
+    def _hidden(self, gradient: Tensor, out: Tensor) -> None:
+        weight, total = self.head.weight, out
+        if not gradient.is_cuda and gradient.shape[0] < FEW_ROWS:
+            total = torch.zeros(out.shape)
+            for v in range(0, self.V, FEW_ROWS_SLICE):
+                total += gradient[:, v : v + FEW_ROWS_SLICE].float() @ weight[v : v + FEW_ROWS_SLICE].float()
+        elif gradient.dtype == weight.dtype and (self.reduction is None or weight.dtype == torch.float32):
+            torch.mm(gradient, weight, out=out)
+        elif gradient.is_cuda:
+            total = torch.mm(gradient, weight, out_dtype=torch.float32)
+        else:
+            total = torch.zeros(out.shape, device=out.device)
+            for v, w in self._slices():
+                total.addmm_(gradient[:, v:w].float(), weight[v:w].float())
+        if self.reduction is not None:
+            self.reduction.start(total, out)
+        elif total is not out:
+            out.copy_(total)
+
+    def _weight(self, gradient: Tensor, hidden: Tensor) -> None:
+        if not gradient.is_cuda:
+            hidden = hidden.float()
+            if gradient.dtype == torch.float32:
+                self.grad_weight.addmm_(gradient.t(), hidden)
+                return
+            for v, w in self._slices():
+                self.grad_weight[v:w].addmm_(gradient[:, v:w].float().t(), hidden)
+        elif gradient.dtype == torch.float32:
+            self.grad_weight.addmm_(gradient.t(), hidden)
+        else:
+            for v, w in self._slices():
+                self.grad_weight[v:w] += torch.mm(gradient[:, v:w].t(), hidden, out_dtype=torch.float32)
+
+    def report(self, grad_hidden: Tensor | None) -> Report | None:
+        """Of the active vocabulary, after the last chunk; None without one."""
+        if self.active is None:
+            return None
+        self.active.add_pending(self.grad_weight)
+        return self.active.report(grad_hidden, self.grad_weight)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """grad_weight and grad_bias in the head's dtype. Until here the last grad_hidden may be on its way."""
+        if self.reduction is not None:
+            self.reduction.finish()
+        if self.active is not None:
+            self.active.add_pending(self.grad_weight)
+        dtype = self.head.weight.dtype
+        return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
+
+
+def statistics(rows: TokenRows, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, row_max, log_sum, each [len(rows)]; 1 G."""
+    out = torch.zeros(4, len(rows), device=rows.hidden.device)
+    products = Products(head, len(rows), (False, False, False))
+    for begin in range(0, len(rows), head.rows_per_chunk):
+        end = min(begin + head.rows_per_chunk, len(rows))
+        hidden, targets, tau, taus = rows.chunk(begin, end)
+        logits = products.logits(hidden)
+        stats = rows_forward(logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
+        for row, values in zip(out, stats):
+            row[begin:end] = values
+    if head.shards is not None:
+        bounds = (head.workspace_bytes, head.rows_per_chunk)
+        head.shards.merge_all(out, rows.targets, rows.temperature, rows.temperatures, *bounds)
+    return tuple(out)
+
+
+def statistics_backward(rows, head, stats, grad_logprobs, grad_entropy, needs):
+    """(dL/dhidden, dL/dweight, dL/dbias), None where not needed; and the report of the active vocabulary, or None.
+
+    The logits are made again, so 1 G + up to 2 G.
+    """
+    _, entropy, row_max, log_sum = stats
+    products = Products(head, len(rows), needs)
+    grad_hidden = torch.empty_like(rows.hidden) if needs[0] else None
+    for begin in range(0, len(rows), head.rows_per_chunk):
+        end = min(begin + head.rows_per_chunk, len(rows))
+        chunk = hidden, targets, tau, taus = rows.chunk(begin, end)
+        logits, gradient = products.logits(hidden), products.gradient(end - begin)
+        parts = [x[begin:end].contiguous() for x in (row_max, log_sum, entropy, grad_logprobs, grad_entropy)]
+        rows_backward(
+            gradient[None], logits[None], targets, tau, taus, head.softcap, head.ignore_index, parts, head.backend
+        )
+        products.backward(gradient, chunk, None if grad_hidden is None else grad_hidden[begin:end], *parts[3:])
+    gradients = (grad_hidden, *products.gradients())
+    return gradients, products.report(grad_hidden)

@@ -1,0 +1,236 @@
+"""The SEGA loss from hidden states: in one shot where a group fits the workspace, in two phases where it does not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..losses import check_loss, sequence_weights, token_counts, weighted_sum
+from ..scores import counted_targets, entropy_scores, group_advantages
+from ..types import SegaOutput
+from .head import Head, TokenRows, check_head, token_rows
+from .one_shot import OneShot, attach, needs_of, reported
+from .products import statistics, statistics_backward
+
+
+@arguments.not_compiled
+def fused_linear_sega_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor | None = None,
+    group_size: int | None = None,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    advantages: Tensor | None = None,
+    loss_type: str = "sum",
+    max_completion_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
+    backend: str = "auto",
+) -> SegaOutput:
+    """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
+
+    SEGA's advantages are constants made from the entropies of the very logits they weigh. So where the logits of each
+    prompt's candidates fit the workspace together, or the advantages are given, a chunk goes from product to gradients
+    at once (`path` "one_shot", 3 G). Otherwise ("two_phase") a group's logits are made twice, less the last workspace
+    full of them: 3 to 4 G. Both give the same numbers.
+
+    Args:
+        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
+        weight: [V, D]; bias [V] or None. targets: [B, T] or [N].
+        The rest: as for `sega_loss` and `linear_token_stats`.
+
+    Returns:
+        SegaOutput(loss, ..., path): `loss` a float32 scalar, differentiable once in hidden, weight and bias; its
+        gradients are in memory from forward on, and backward scales them in place. With `active_vocab` also the share
+        of columns kept and the measured errors of the gradients.
+
+    Raises:
+        ValueError: an argument is not as those functions ask.
+
+    On a GPU nothing waits for the device, but for two cases: packed sequences without given advantages copy
+    `cu_seqlens` to the host, to find the groups' bounds; `active_vocab` counts its columns.
+
+    Source: GEM (arXiv 2511.13007), Eq. 2.
+    """
+    if isinstance(targets, Tensor):
+        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
+        targets = counted_targets(targets, completion_mask, ignore_index)
+    head, number, taus = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
+    batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
+    check_loss(
+        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, batch.B,
+        targets.device,
+    )  # fmt: skip
+    if advantages is None and batch.B % group_size:
+        arguments.fail("group_size", f"a divisor of the number of sequences, {batch.B}", group_size)
+    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
+    is_valid = batch.scores(torch.zeros(targets.shape, device=targets.device)).valid
+    counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
+    weights = sequence_weights(counts, is_valid, loss_type, max_completion_length, denominator)
+    needs = needs_of(hidden, weight, bias)
+    group = {"mapping": mapping, "scale": scale, "eps": eps, "backend": backend}
+    if advantages is not None:
+        advantages = torch.where(is_valid, advantages.float(), 0.0)
+        bounds = None
+    else:
+        bounds = batch.group_bounds(group_size, rows)
+    if bounds is not None and max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
+        path, run = "two_phase", _by_group if head.shards is None else _two_phase
+    else:
+        path, run = "one_shot", _by_group
+    logprobs, entropy, advantages, loss, gradients, report = run(
+        batch, rows, head, weights, advantages, bounds, group_size, group, needs
+    )
+    scores = batch.scores(entropy)
+    loss = attach(hidden, weight, bias, loss, rows, gradients)
+    return SegaOutput(
+        loss, scores.score, scores.final_entropy, scores.fork_entropy, scores.valid, advantages, logprobs, entropy,
+        path, **reported(report),
+    )  # fmt: skip
+
+
+class _Batch:
+    """The sequences of a call, in either layout."""
+
+    def __init__(
+        self, targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend
+    ):
+        self.targets, self.completion_mask, self.cu_seqlens = targets, completion_mask, cu_seqlens
+        self.B = targets.shape[0] if completion_mask is not None else cu_seqlens.shape[0] - 1
+        if answer_start is None:
+            answer_start = torch.full((self.B,), -1, dtype=torch.int64, device=targets.device)
+        self.answer_start, self.valid = answer_start, valid
+        self.options = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "backend": backend}
+
+    def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None):
+        """EntropyScores of sequences [begin, end), from the entropies of all tokens."""
+        end = self.B if end is None else end
+        part = {"answer_start": self.answer_start, "valid": self.valid}
+        if (begin, end) != (0, self.B):  # a slice would hide a wrong length
+            part = {k: None if x is None else x[begin:end] for k, x in part.items()}
+        if self.completion_mask is not None:
+            return entropy_scores(
+                entropy[begin:end], completion_mask=self.completion_mask[begin:end], **part, **self.options
+            )
+        if (begin, end) == (0, self.B):
+            return entropy_scores(entropy, cu_seqlens=self.cu_seqlens, **part, **self.options)
+        cu_seqlens = self.cu_seqlens[begin : end + 1]
+        first, last = self.host_offsets[begin], self.host_offsets[end]
+        return entropy_scores(entropy[first:last], cu_seqlens=cu_seqlens - first, **part, **self.options)
+
+    def sequence_of(self, rows: TokenRows) -> Tensor:
+        """The sequence each of the rows is in."""
+        token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
+        if self.completion_mask is not None:
+            return token // max(1, self.targets.shape[1])
+        ends = self.cu_seqlens[1:].long().contiguous()
+        return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
+
+    def group_bounds(self, group_size: int, rows: TokenRows) -> list[int]:
+        """Rows at which groups begin, and where the last ends."""
+        if self.completion_mask is not None:
+            T = self.targets.shape[1]
+            bounds = [s * T for s in range(0, self.B + 1, group_size)]
+        else:
+            self.host_offsets = self.cu_seqlens.tolist()
+            bounds = self.host_offsets[::group_size]
+        if rows.kept is not None:
+            bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
+        return bounds
+
+
+def _merged(bounds: list[int], rows_per_chunk: int) -> list[tuple[int, int]]:
+    """Runs of groups [g, h) whose rows fit one chunk."""
+    runs, begin = [], 0
+    for g in range(1, len(bounds)):
+        if bounds[g] - bounds[begin] > rows_per_chunk:
+            runs.append((begin, g - 1))
+            begin = g - 1
+    if begin < len(bounds) - 1:
+        runs.append((begin, len(bounds) - 1))
+    return runs
+
+
+def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """[begin, end) in parts of `size` rows, what is over first."""
+    firsts = list(range(end, begin, -size))[::-1]
+    return [(max(begin, last - size), last) for last in firsts]
+
+
+def _by_group(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    """Runs of groups, one after the other: statistics, advantages, gradients.
+
+    Where a run is more than one chunk, its last chunk's logits are still there when the advantages are known; those of
+    the others are made again.
+    """
+    shot = OneShot(rows, head, needs)
+    sequence = batch.sequence_of(rows)
+    given = advantages is not None
+    logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
+    all_entropy = torch.zeros(rows.total, device=weights.device)
+    loss = torch.zeros((), device=weights.device)
+    step = head.rows_per_chunk
+    if given:
+        runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
+    else:
+        advantages = torch.zeros_like(weights)
+        runs = [(bounds[g], bounds[h], (g * group_size, h * group_size)) for g, h in _merged(bounds, step)]
+    for begin, end, sequences in runs:
+        chunks = _chunks(begin, end, step)
+        for first, last in chunks:
+            logprobs[first:last], entropy[first:last] = shot.statistics(first, last)
+        if not given:
+            at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
+            all_entropy[at] = entropy[begin:end]
+            scores = batch.scores(all_entropy.view(batch.targets.shape), *sequences)
+            part = group_advantages(scores.score, group_size, valid=scores.valid, **group)
+            advantages[sequences[0] : sequences[1]] = part
+        a = (-advantages * weights)[sequence[begin:end]]
+        loss += weighted_sum(a, logprobs[begin:end])
+        for first, last in reversed(chunks if any(needs) else []):
+            shot.again(first, last)
+            part = a[first - begin : last - begin]
+            shot.gradients(entropy[first:last], part, torch.zeros_like(part))
+    spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
+    return *spread, advantages, loss, shot.finish(), shot.report()
+
+
+def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+    """Statistics of all, then gradients of all: over a sharded vocabulary the statistics then travel together."""
+    stats = statistics(rows, head)
+    logprobs, entropy = (rows.spread(x).view(batch.targets.shape) for x in stats[:2])
+    scores = batch.scores(entropy)
+    advantages = group_advantages(scores.score, group_size, valid=scores.valid, **group)
+    a = (-advantages * weights)[batch.sequence_of(rows)]
+    loss = weighted_sum(a, stats[0])
+    gradients, report = (None, None, None), None
+    if any(needs):
+        gradients, report = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)
+    return logprobs, entropy, advantages, loss, gradients, report

@@ -1,0 +1,166 @@
+"""Hidden states and the head's weight -> log-probs and entropies, or entropy scores; the logits are never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..scores import counted_targets, scored
+from ..types import EntropyScoreOutput, TokenStats
+from .head import check_head, token_rows
+from .products import statistics, statistics_backward
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, temperatures, head):
+        rows = token_rows(hidden, targets, temperature, temperatures, head)
+        stats = statistics(rows, head)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, *stats)
+        ctx.temperature, ctx.head = temperature, head
+        logprobs, entropy = (rows.spread(x).view(targets.shape) for x in stats[:2])
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, _, _, targets, temperatures, *stats = ctx.saved_tensors
+        rows = token_rows(hidden, targets, ctx.temperature, temperatures, ctx.head)
+        a, b = (rows.gather(g.reshape(-1)) for g in (grad_logprobs, grad_entropy))
+        grads, _ = statistics_backward(rows, ctx.head, stats, a, b, tuple(ctx.needs_input_grad[:3]))
+        grad_hidden = None if grads[0] is None else rows.spread(grads[0]).view(hidden.shape)
+        return grad_hidden, grads[1], grads[2], None, None, None, None
+
+
+@arguments.not_compiled
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
+    active_vocab: float | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
+
+    Rows pass through one workspace of at most `workspace_bytes` (at least one row), whatever N. Forward costs one
+    matrix product of the whole size; backward makes the logits again and adds one product each for `hidden` and
+    `weight` (4 G in all, G = 2 N D V flop). A gradient that is not needed (a frozen head, say) costs neither memory
+    nor product.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16.
+        weight: [V, D], the same dtype. Its gradient gathers in float32.
+        targets: [...], int64 or int32, in [0, V) or `ignore_index`. On the CPU ignored rows are dropped before the
+            product; on a GPU their product is made but not read (a count of them would wait for the device).
+        bias: [V], the same dtype, or None; -inf masks a word.
+        logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
+        logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
+            rounded (`mm` with `out_dtype` on a GPU).
+        workspace_bytes: the bound, in bytes. None: 128 MiB on a GPU, 64 MiB on a CPU.
+        process_group: of ranks that share the vocabulary: `weight` (and `bias`) are this rank's rows of it, in the
+            order of the ranks; shards may differ in size. `hidden` and `targets` (ids of the whole vocabulary), like
+            every other argument, are the same on all ranks, and all ranks make the same calls in the same order,
+            backward included. Results are the same on all ranks, to the bit. The gradient of `hidden` is that of the
+            whole vocabulary, on every rank; those of weight and bias are this shard's. One all_gather of 4 numbers a
+            row; one all_reduce of the gradient of `hidden` a chunk. None, or a group of one: no shards.
+        vocab_starts: the first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange
+            their sizes and compare their arguments, at the start of each call (on a GPU that waits for the device).
+        active_vocab: a probability such as 2**-12. Backward's products are then made of the columns that any row needs
+            at that level, and a low-rank stand-in for the rest (docs/kernels.md): faster and approximate. A GPU is
+            waited for once a chunk. 0 is exact; None, exact and without the option's code. Not with `process_group`.
+            The losses of this package return the share of columns kept and the error.
+        temperature, softcap, ignore_index, backend: as for `token_stats`.
+
+    Returns:
+        TokenStats(logprobs, entropy), shaped like `targets`, float32; differentiable in hidden, weight and bias, once.
+
+    Raises:
+        ValueError: an argument is not as above. Of shards without `vocab_starts`, on all ranks if it is on one.
+
+    Example:
+        >>> out = linear_token_stats(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
+        >>> loss = -out.logprobs.mean() - 0.01 * out.entropy.mean()
+    """
+    head, number, rows = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
+        backend, process_group, vocab_starts, active_vocab,
+    )  # fmt: skip
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, number, rows, head))
+
+
+def fused_linear_entropy_score(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    group_size: int,
+    fork_weight: float = 1.0,
+    top_m: float | int = 0.1,
+    no_answer: str = "tail",
+    valid: Tensor | None = None,
+    mapping: str = "identity",
+    scale: str = "none",
+    eps: float = 1e-4,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_starts: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> EntropyScoreOutput:
+    """`fused_entropy_score` from hidden states: the logits never exist whole.
+
+    Args:
+        hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
+        weight: [V, D]; bias [V] or None.
+        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
+
+    Returns:
+        EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
+        rest are constants of the gradient.
+
+    Raises:
+        ValueError: an argument is not as those functions ask.
+    """
+    if isinstance(targets, Tensor):
+        arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
+        targets = counted_targets(targets, completion_mask, ignore_index)
+    stats = linear_token_stats(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        process_group=process_group,
+        vocab_starts=vocab_starts,
+        backend=backend,
+    )
+    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
+    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
+    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
+    return scored(stats, {**layout, **span}, group, backend)

@@ -1,0 +1,224 @@
+"""Logits -> the log-probability of each target and the entropy of each row, with both gradients."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .backends.rows import check_values, row_view, rows_backward, rows_forward
+from .types import TokenStats
+
+
+def _gradient_like(logits: Tensor) -> Tensor:
+    """Empty, with the strides of `logits` where that wastes no memory (loads and stores then align alike)."""
+    view = row_view(logits)
+    extent = 1 + sum((n - 1) * s for n, s in zip(logits.shape, logits.stride()))
+    if view is not None and extent <= logits.numel() * 1.25:
+        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+# The operators. Optional[...] is spelled out because torch.library infers their schema from the annotations.
+
+
+@torch.library.custom_op("gem_kernels::row_stats", mutates_args=())
+def row_stats_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Optional[Tensor],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    ignore_index: int,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32."""
+    check_values(targets, temperatures, ignore_index, logits.shape[-1])
+    rows = row_view(logits)
+    if rows is None:
+        rows = row_view(logits.contiguous())
+    flat = targets.reshape(-1).to(torch.int64).contiguous()
+    out = rows_forward(rows, flat, temperature, temperatures, softcap, ignore_index, backend)
+    # Four results of their own: an operator may not return views of one buffer.
+    return tuple(x.reshape(targets.shape).clone() for x in out)
+
+
+@row_stats_op.register_fake
+def _(logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend):
+    return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+
+
+def _backward_into(
+    grad, logits, targets, temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend
+):
+    rows = row_view(logits)
+    if rows is None:
+        rows = row_view(logits.contiguous())
+    flat = targets.reshape(-1).to(torch.int64).contiguous()
+    stats = [x.reshape(-1).contiguous() for x in (row_max, log_sum, entropy, a, b)]
+    rows_backward(row_view(grad), rows, flat, temperature, temperatures, softcap, ignore_index, stats, backend)
+
+
+@torch.library.custom_op("gem_kernels::row_stats_backward", mutates_args=())
+def row_stats_backward_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Optional[Tensor],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    ignore_index: int,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    backend: str,
+) -> Tensor:
+    """dL/dlogits [..., V] in the dtype of `logits`."""
+    grad = _gradient_like(logits)
+    _backward_into(
+        grad,
+        logits,
+        targets,
+        temperature,
+        temperatures,
+        softcap,
+        ignore_index,
+        row_max,
+        log_sum,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        backend,
+    )
+    return grad
+
+
+@row_stats_backward_op.register_fake
+def _(logits, *args):
+    return _gradient_like(logits)
+
+
+@torch.library.custom_op("gem_kernels::row_stats_backward_", mutates_args={"logits"})
+def row_stats_backward_inplace_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Optional[Tensor],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    ignore_index: int,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    backend: str,
+) -> None:
+    """Writes dL/dlogits over `logits`."""
+    _backward_into(
+        logits,
+        logits,
+        targets,
+        temperature,
+        temperatures,
+        softcap,
+        ignore_index,
+        row_max,
+        log_sum,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        backend,
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(logits, targets, temperatures, row_max, log_sum, entropy)
+    ctx.options = (temperature, softcap, ignore_index, inplace_backward, backend)
+    ctx.mark_non_differentiable(row_max, log_sum)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
+    logits, targets, temperatures, row_max, log_sum, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index, inplace_backward, backend = ctx.options
+    zeros = torch.zeros_like(entropy)
+    a = zeros if grad_logprobs is None else grad_logprobs
+    b = zeros if grad_entropy is None else grad_entropy
+    args = (targets, temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend)
+    if inplace_backward and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            row_stats_backward_inplace_op(logits, *args)
+        # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
+        grad = logits.detach()
+    else:
+        grad = row_stats_backward_op(logits, *args)
+    return grad, None, None, None, None, None, None, None
+
+
+row_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-probability of each target and entropy of each row, from one read of the logits.
+
+    With z = softcap * tanh(logits / softcap) / temperature:
+
+        logprobs = z_y - log sum_v e^(z_v)        entropy = -sum_v p_v log p_v,  p = softmax(z)        (nats)
+        dL/dz_v = a (1[v = y] - p_v) - b p_v (log p_v + entropy),     a = dL/dlogprobs, b = dL/dentropy
+
+    Nothing of the size of the logits is allocated forward (a copy is made only of logits whose last axis is strided,
+    or whose leading axes cannot be walked with two strides). The entropy is computed from shifted logits and keeps its
+    digits on confident rows. A logit of -inf is a probability of 0. A row holding NaN or +inf, or only -inf, is NaN.
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16, any strides. Row t predicts `targets[t]`: for a causal model
+            that is `model(ids).logits[:, :-1]` with `ids[:, 1:]`.
+        targets: [...], int64 or int32, in [0, V) or `ignore_index`.
+        temperature: a positive float, or a tensor that broadcasts to `targets` (one per token or sequence).
+        softcap: c of z <- c tanh(z / c) (Gemma 2), or None. Applied before the temperature; infinities pass.
+        ignore_index: rows with this target are never read; their results and gradients are 0.
+        inplace_backward: backward writes the gradient over `logits` and returns that memory: 0 bytes extra. A second
+            backward, or another user of `logits`, then gets autograd's error on modified tensors. Under torch.compile
+            a new tensor is written.
+        backend: "auto" (Triton on a GPU; compiled C++ on a CPU, plain torch where no compiler is found), "triton"
+            (or an error), "torch" (plain torch).
+
+    Returns:
+        TokenStats(logprobs, entropy), shaped like `targets`, float32. Gradients flow through both to `logits`.
+
+    Raises:
+        ValueError: an argument is not as above. A target outside [0, V) raises on the CPU; on a GPU its row is NaN.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+        >>> token_stats(logits, torch.tensor([2])).entropy.exp()
+        tensor([4.0000])
+
+    Source: the token entropies of GEM (arXiv 2511.13007), Eq. 1; derivations in docs/math.md.
+    """
+    arguments.check_logits(logits, targets)
+    temperature, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
+    softcap = arguments.check_softcap(softcap)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_flag("inplace_backward", inplace_backward)
+    if inplace_backward and row_view(logits) is None:
+        arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
+    backend = arguments.check_backend(backend, logits.device)
+    logprobs, entropy, _, _ = row_stats_op(
+        logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend
+    )
+    return TokenStats(logprobs, entropy)

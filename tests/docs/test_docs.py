@@ -1,0 +1,127 @@
+"""The code that docs/integrations.md shows runs as it stands, and gives the numbers of plain torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", TEXT, flags=re.DOTALL))
+V = 67
+
+
+@pytest.fixture
+def names():
+    """What the page takes as given: two sequences of 12 tokens, the last 5 of them counted, 3 in the second one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    input_ids = torch.randint(3, V, (2, 12))
+    labels = input_ids.clone()
+    labels[:, :7] = -100
+    labels[1, 10:] = -100
+    shape = (2, 11)
+    return {
+        "torch": torch, "model": model, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids),
+        "labels": labels, "num_tokens": 8, "mask": (labels[:, 1:] != -100).float(),
+        "old": -4 + torch.rand(shape), "ref": -4 + torch.rand(shape), "advantages": torch.randn(shape),
+    }  # fmt: skip
+
+
+def plain(names, temperature=1.0):
+    """logprobs and entropy of every token by torch, zero where it does not count."""
+    logits = names["model"](names["input_ids"]).logits[:, :-1] / temperature
+    logp = F.log_softmax(logits, -1)
+    counted = names["labels"][:, 1:] != -100
+    chosen = logp.gather(-1, names["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
+    return torch.where(counted, chosen, 0.0), torch.where(counted, -(logp.exp() * logp).sum(-1), 0.0)
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_every_block_is_run_here():
+    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "scores"}
+
+
+@pytest.mark.parametrize("block", ["logits", "model", "policy"])
+def test_a_loss_and_its_gradients(block, names):
+    model = names["model"]
+    logprobs, entropy = plain(names, 0.7 if block == "logits" else 1.0)
+    if block == "logits":
+        names["logits"] = model(names["input_ids"]).logits
+        truth = -(logprobs * names["advantages"]).sum() - 0.01 * entropy.sum()
+    elif block == "model":
+        truth = -logprobs.sum() / 8
+    else:
+        ratio = (logprobs - names["old"]).exp()
+        surrogate = torch.minimum(ratio * names["advantages"], ratio.clamp(0.8, 1.28) * names["advantages"])
+        kl = (names["ref"] - logprobs).exp() - (names["ref"] - logprobs) - 1
+        truth = -(names["mask"] * (surrogate - 0.04 * kl)).sum() / 8
+    expected = gradients(truth, model)
+    model.zero_grad()
+    exec(BLOCKS[block], names)
+    loss = names["out"].loss if block == "policy" else names["loss"]
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_scores(names):
+    names |= {"entropy": torch.rand(4, 9), "mask": torch.ones(4, 9, dtype=torch.bool)}
+    names["answer_start"] = torch.tensor([6, 7, 5, 9])
+    exec(BLOCKS["scores"], names)
+    first = names["entropy"][0]
+    assert float(names["scores"].score[0]) == pytest.approx(float(first[:6].max() - first[6:].mean()), rel=1e-5)
+    assert float(names["advantages"].sum()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_trl(names, tmp_path):
+    """TRL's own numbers, from its own trainer's method, for one batch; then a step of training with ours."""
+    trl = pytest.importorskip("trl")
+    exec(BLOCKS["trl"], names)
+    datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(V - 3))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
+        max_steps=1, temperature=0.8, report_to=[], use_cpu=True, bf16=False, beta=0.04, logging_steps=1,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5 w6"]})
+
+    def reward(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    names["model"].save_pretrained(tmp_path / "model")  # TRL loads the reference model by its name
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    results = {}
+    for kind in (trl.GRPOTrainer, names["FusedGRPOTrainer"]):
+        trainer = kind(model, reward, args=arguments, train_dataset=data, processing_class=tokenizer)
+        mask = names["attention_mask"].clone()
+        mask[1, 10:] = 0
+        results[kind] = trainer._get_per_token_logps_and_entropies(
+            trainer.model, names["input_ids"], mask, 5, compute_entropy=True
+        )
+    theirs, ours = results.values()
+    counted = mask[:, -5:] == 1
+    for one, other in zip(theirs[:2], ours[:2]):
+        torch.testing.assert_close(other[counted], one[counted], rtol=1e-4, atol=1e-4)
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.lm_head.weight.detach().cpu())

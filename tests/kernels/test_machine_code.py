@@ -1,0 +1,177 @@
+"""What the kernels compile to, counted with no GPU, in processes without the interpreter; and when they recompile."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+KERNELS = ROOT / "gem_kernels" / "backends" / "triton"
+
+
+def python(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """`--all` counts the inner loops too."""
+    return [json.loads(line) for line in python("-m", "bench.sass", "--all", "--json").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def counted(rows) -> dict[str, dict]:
+    return {row["kernel"]: row for row in rows if "instructions_per_element" in row}
+
+
+@pytest.mark.parametrize("kernel,most", [("forward_bf16", 10), ("forward_bf16_split", 10), ("backward_bf16", 9)])
+def test_instructions_of_the_inner_loop(kernel, most, counted):
+    """At 4.3 TB/s an H200 can spend 15.5 on each bf16 element; plain code (a mask in every block) takes 24."""
+    row = counted[kernel]
+    assert row["target"] == "sm_90"
+    assert 4 < row["instructions_per_element"] <= most, "fewer than 4 means that another loop was counted"
+    assert row["all_16_bytes"] and row["global_accesses"] >= (8 if "backward" in kernel else 4)
+    assert row["local_bytes"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_every_row_of_logits_is_read_16_bytes_at_a_time(dtype, counted):
+    for kernel in (f"forward_{dtype}", f"forward_{dtype}_split", f"forward_{dtype}_softcap", f"backward_{dtype}"):
+        assert counted[kernel]["all_16_bytes"], kernel
+
+
+def test_every_kernel_compiles_everywhere_without_spills(rows):
+    compiled = {}
+    for row in rows:
+        if row.get("compiled"):
+            compiled.setdefault(row["kernel"], {})[row["target"]] = row
+    assert len(compiled) >= 29
+    for kernel, by_target in compiled.items():
+        assert set(by_target) == TARGETS, kernel
+        for target, row in by_target.items():
+            if target != "gfx942":
+                assert row["local_bytes"] == 0, f"{kernel} uses {row['local_bytes']} bytes of local memory on {target}"
+                assert 0 < row["registers"] <= 255
+
+
+def jit_functions(path: Path) -> set[str]:
+    decorated = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.decorator_list)
+    return {n.name for n in decorated if "triton.jit" in ast.unparse(n.decorator_list[0])}
+
+
+def launched() -> set[str]:
+    """Kernels that the package starts: `kernel[grid](...)` in any file."""
+    names = set()
+    for path in (ROOT / "gem_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                function = node.func.value
+                names.add(function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", ""))
+    kernels = set().union(*(jit_functions(p) for p in KERNELS.glob("*.py")))
+    return names & kernels
+
+
+def test_the_catalogue_covers_every_kernel_that_is_launched():
+    listed = python(
+        "-c",
+        "from gem_kernels.backends.triton.catalogue import kernels\nprint(*{s.kernel.fn.__name__ for s in kernels()})",
+    )
+    assert len(launched()) >= 5
+    assert launched() == set(listed.split())
+    for path in KERNELS.glob("*.py"):
+        source = path.read_text()
+        for name in jit_functions(path) - launched():
+            assert source.count(f"{name}(") > 1, f"{path.name}: nothing reaches {name}"
+
+
+RUNTIME_ARGUMENTS = """
+import json
+from gem_kernels.backends.triton import row_stats, span_scores
+for module in (row_stats, span_scores):
+    for name, kernel in vars(module).items():
+        if hasattr(kernel, "params") and not name.startswith("_"):
+            print(json.dumps([name, [[p.name, p.is_constexpr, p.do_not_specialize] for p in kernel.params]]))
+"""
+SIZES = {"V", "N", "T", "G", "n_inner", "span", "n_splits", "ignore_index", "top_numerator", "top_denominator"}
+
+
+def test_sizes_are_run_time_arguments():
+    """Integers are specialized by Triton (1, multiples of 16) unless told otherwise; each would compile again."""
+    kernels = dict(json.loads(line) for line in python("-c", RUNTIME_ARGUMENTS).splitlines())
+    assert {"row_stats_forward", "row_stats_combine", "row_stats_backward", "span_scores", "group_advantages"} <= set(
+        kernels
+    )
+    seen = set()
+    for kernel, parameters in kernels.items():
+        for name, constexpr, unspecialized in parameters:
+            if name in SIZES or name.startswith(("stride_", "grad_outer", "grad_inner")):
+                assert not constexpr and unspecialized, f"{kernel}: {name}"
+                seen.add(name)
+            if name in ("temperature", "temperature_ptr", "softcap", "fork_weight", "eps"):
+                assert not constexpr, f"{kernel}: {name}"
+    assert seen >= SIZES
+
+
+# Triton's own binder gives the key it compiles under; nothing is compiled or launched. CPU tensors stand for a GPU's.
+KEYS = """
+import json, sys
+import torch
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.runtime import jit
+import gem_kernels
+from gem_kernels import arguments
+
+backend = backends["nvidia"].compiler(GPUTarget("cuda", 90, 32))
+keys = {}
+
+def run(self, *args, grid, warmup, **kwargs):
+    if not hasattr(self, "test_binder"):
+        self.test_binder = jit.create_function_from_signature(self.signature, self.params, backend)
+    kwargs["debug"] = False
+    _, specialization, options = self.test_binder(*args, **kwargs)
+    keys.setdefault(self.fn.__name__, set()).add(str(specialization) + str(options))
+
+jit.JITFunction.run = run
+arguments._interpreting = lambda: True
+
+def step(B, T, V, temperature, ignore_index=-100, top_m=0.1, fork_weight=1.0, group_size=2, view=lambda x: x):
+    torch.manual_seed(0)
+    logits = view(torch.zeros(B, T, V, dtype=torch.bfloat16)).requires_grad_()
+    T = logits.shape[1]
+    mask = torch.ones(B, T, dtype=torch.bool)
+    out = gem_kernels.sega_loss(logits, torch.zeros(B, T, dtype=torch.int64), completion_mask=mask,
+        answer_start=torch.zeros(B, dtype=torch.int64), group_size=group_size, temperature=temperature, top_m=top_m,
+        fork_weight=fork_weight, ignore_index=ignore_index, backend="triton")
+    out.loss.backward()
+
+step(2, 8, 10_000, 1.0)
+before = {k: set(v) for k, v in keys.items()}
+step(4, 8, 10_000, 1.0)
+step(2, 1, 10_000, 1.0)
+step(2, 16, 10_000, 1.0)
+step(6, 17, 10_000, 0.7)
+step(2, 8, 10_001, 1)
+step(2, 8, 16_384, 2.5, ignore_index=0, top_m=16, fork_weight=0.0)
+step(2, 9, 10_000, 1.0, view=lambda x: x[:, :-1])
+changed = {k: len(v) for k, v in keys.items() if len(v) != len(before[k])}
+step(2, 8, 10_000, torch.ones(2, 8))
+print(json.dumps([sorted(before), changed, {k: len(v) - len(before[k]) for k, v in keys.items()}]))
+"""
+
+
+def test_nothing_recompiles_when_sizes_or_temperature_change():
+    kernels, changed, more = json.loads(python("-c", KEYS))
+    assert kernels == ["group_advantages", "row_stats_backward", "row_stats_forward", "span_scores"]
+    assert not changed, "compiled again for another N, T, B, V, stride, temperature, ignore_index, top_m or fork_weight"
+    assert more["row_stats_forward"] == 1, "a tensor of temperatures is another kernel; the key sees it"

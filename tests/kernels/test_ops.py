@@ -1,0 +1,358 @@
+"""The custom operators under opcheck and torch.compile, and every bad argument's one ValueError."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gem_kernels
+from gem_kernels import (
+    completion_features,
+    entropy_scores,
+    fused_entropy_score,
+    group_advantages,
+    sega_loss,
+    token_stats,
+)
+from tests.kernels.helpers import BACKENDS, make
+
+INNER = {"triton": "triton", "torch": "torch", "auto": "cpu"}  # as the operators are told
+each_backend = pytest.mark.parametrize("backend", [INNER[b] for b in BACKENDS])
+ops = torch.ops.gem_kernels
+
+
+def opcheck(op, args, **options) -> None:
+    results = torch.library.opcheck(op, args, **options)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@each_backend
+@pytest.mark.parametrize("case", ["fp32 padded", "bf16 packed", "strided"])
+def test_opcheck_row_stats(case, backend, device):
+    shape = (2, 3, 40) if case == "fp32 padded" else (6, 40)
+    logits, targets = make(*shape, dtype=torch.bfloat16 if "bf16" in case else torch.float32, device=device)
+    tau = None if case == "bf16 packed" else torch.rand(6, device=device) + 0.5
+    if case == "strided":
+        logits, targets = make(2, 4, 41, device=device)[0][:, :-1].detach(), targets.view(2, 3)
+        targets[0, 1] = -100
+    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, False, backend)
+    opcheck(ops.row_stats.default, args)
+    logits = logits.detach()
+    _logprobs, entropy, row_max, log_sum = ops.row_stats(logits, *args[1:])
+    a, b = torch.randn(2, *entropy.shape, device=device).unbind()
+    after = (*args[1:6], row_max, log_sum, entropy, a.clone(), b.clone(), backend)
+    opcheck(ops.row_stats_backward.default, (logits, *after))
+    opcheck(ops.row_stats_backward_.default, (logits.clone(), *after))
+
+
+@each_backend
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_opcheck_span_scores(layout, backend, device):
+    start, valid = torch.tensor([2, 9], device=device), torch.tensor([True, False], device=device)
+    weights = [-1.0, 1.0, *[0.0] * 6, 0.5]
+    if layout == "padded":
+        entropy, mask = torch.rand(2, 7, device=device), torch.ones(2, 7, dtype=torch.bool, device=device)
+        args = (entropy, None, mask, None, start, valid, weights, 1, 10, False, backend)
+    else:
+        offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+        entropy, logprobs = torch.rand(2, 9, device=device).unbind()
+        args = (entropy, logprobs, None, offsets, start, None, weights, 3, 0, True, backend)
+    opcheck(ops.span_scores.default, args)
+
+
+@each_backend
+@pytest.mark.parametrize("mapping", ["identity", "softmax", "rank"])
+def test_opcheck_group_advantages(mapping, backend, device):
+    valid = torch.tensor([True] * 5 + [False], device=device)
+    opcheck(ops.group_advantages.default, (torch.rand(6, device=device), 3, valid, mapping, "group", 1e-4, backend))
+
+
+# torch.compile.
+
+
+def batch(B=2, T=6, V=40, device="cpu"):
+    logits, targets = make(B, T, V, device=device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    mask[0, -1] = False
+    return logits, targets, mask, torch.full((B,), T - 2, device=device)
+
+
+def scores_and_loss(logits, targets, mask, start, temperature=1.0):
+    out = fused_entropy_score(
+        logits * 2.0, targets, completion_mask=mask, answer_start=start, group_size=2, temperature=temperature
+    )
+    return (out.advantages[:, None] * out.logprobs + out.entropy).sum(), out.score
+
+
+def loss(logits, targets, mask, start, temperature=1.0):
+    out = sega_loss(
+        logits * 2.0,
+        targets,
+        completion_mask=mask,
+        answer_start=start,
+        group_size=2,
+        temperature=temperature,
+        inplace_backward=True,
+    )
+    return out.loss, out.score
+
+
+def run(function, logits, *rest):
+    z = logits.clone().requires_grad_()
+    value, score = function(z, *rest)
+    value.backward()
+    return value.detach(), score, z.grad
+
+
+@pytest.mark.parametrize("function,backend", [(scores_and_loss, "aot_eager"), (loss, "aot_eager"), (loss, "inductor")])
+def test_compiled_gives_the_same_numbers_without_a_graph_break(function, backend, device):
+    torch._dynamo.reset()
+    problem = batch(device=device)
+    want = run(function, *problem)
+    got = run(torch.compile(function, fullgraph=True, backend=backend), *problem)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("function", [scores_and_loss, loss])
+def test_compiled_for_other_sizes(function, device):
+    """B, T, N and the temperature change: one more compilation (with symbols), then none."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for B, T in ((2, 6), (4, 9), (6, 11), (8, 5)):
+        problem = batch(B, T, device=device)
+        torch.testing.assert_close(run(compiled, *problem), run(function, *problem))
+    assert counter.frame_count <= 3
+
+
+def test_results_are_pytrees():
+    logits, targets, mask, start = batch()
+    out = fused_entropy_score(logits, targets, completion_mask=mask, answer_start=start, group_size=2)
+    leaves, spec = torch.utils._pytree.tree_flatten(out)
+    assert len(leaves) == 7
+    again = torch.utils._pytree.tree_unflatten([x * 1 for x in leaves], spec)
+    assert type(again) is type(out) and torch.equal(again.score, out.score)
+    with pytest.raises(AttributeError):
+        out.score = None
+
+
+# Bad arguments. One good call of each function, and what it must say when one argument is replaced.
+
+LOGITS, TARGETS, MASK, START = batch()
+ENTROPY = torch.rand(2, 6)
+VALID = torch.ones(2, dtype=torch.bool)
+GOOD = {
+    token_stats: {"logits": LOGITS, "targets": TARGETS},
+    entropy_scores: {"entropy": ENTROPY, "completion_mask": MASK, "answer_start": START},
+    completion_features: {
+        "entropy": ENTROPY, "logprobs": -ENTROPY, "completion_mask": MASK, "answer_start": START,
+    },
+    group_advantages: {"scores": torch.rand(2), "group_size": 2},
+    fused_entropy_score: {
+        "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
+    },
+    sega_loss: {
+        "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
+    },
+}  # fmt: skip
+PACKED = {
+    "completion_mask": None,
+    "logits": LOGITS[0],
+    "targets": TARGETS[0],
+    "entropy": ENTROPY[0],
+    "logprobs": -ENTROPY[0],
+}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# argument -> bad values, each with what the message says was got
+BAD = {
+    "logits": [
+        ([1.0], "list"),
+        (LOGITS.long(), "int64"),
+        (LOGITS.double(), "float64"),
+        (torch.tensor(1.0), r"\(\)"),
+        (torch.zeros(2, 6, 0), r"\(2, 6, 0\)"),
+    ],
+    "targets": [
+        (None, "NoneType"),
+        (TARGETS.float(), "float32"),
+        (TARGETS.to(torch.int16), "int16"),
+        (TARGETS[:, :3], r"\(2, 3\)"),
+        (TARGETS + 40, r"4\d|[5-7]\d"),
+        (TARGETS - 39, "-"),
+        (TARGETS.to("meta"), "meta"),
+    ],
+    "temperature": [
+        (0.0, "0.0"),
+        (-1, "-1"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (True, "True"),
+        ("1", "'1'"),
+        (None, "None"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(2, 6, 1), r"\(2, 6, 1\)"),
+        (torch.ones(2, 6, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 6), "0.0"),
+        (torch.ones(2, 6).requires_grad_(), "requires_grad"),
+        (torch.ones(2, 6, device="meta"), "meta"),
+    ],
+    "softcap": [(0.0, "0.0"), (-5.0, "-5.0"), ("5", "'5'"), (float("nan"), "nan"), (torch.tensor(5.0), "tensor")],
+    "ignore_index": [(None, "None"), (-100.0, "-100.0"), (True, "True"), (torch.tensor(1), "tensor")],
+    "inplace_backward": [(1, "1"), ("yes", "'yes'"), (None, "None")],
+    "backend": [("cuda", "'cuda'"), (None, "None"), ("Triton", "'Triton'")],
+    "entropy": [
+        ([1.0], "list"),
+        (ENTROPY.long(), "int64"),
+        (ENTROPY[0], r"\(6,\)"),
+        (torch.tensor(1.0), r"\(\)"),
+        (torch.rand(2, 6, 1), r"\(2, 6, 1\)"),
+    ],
+    "logprobs": [
+        ([1.0], "list"), (ENTROPY.long(), "int64"), (ENTROPY[0], r"\(6,\)"), (ENTROPY.to("meta"), "meta"),
+    ],
+    "completion_mask": [
+        (None, "neither"),
+        (MASK.int(), "int32"),
+        (MASK[:, :5], r"\(2, 5\)"),
+        ([True], "list"),
+        (MASK.to("meta"), "meta"),
+    ],
+    "answer_start": [
+        (START.float(), "float32"),
+        (START[:1], r"\(1,\)"),
+        ([1, 2], "list"),
+        (START[:, None], r"\(2, 1\)"),
+        (START.to("meta"), "meta"),
+    ],
+    "group_size": [(0, "0"), (-2, "-2"), (3, "3"), (2.0, "2.0"), (True, "True"), (None, "None")],
+    "fork_weight": [("1", "'1'"), (float("nan"), "nan"), (None, "None"), (float("inf"), "inf")],
+    "top_m": [
+        (0, "0"), (-1, "-1"), (0.0, "0.0"), (1.5, "1.5"), (True, "True"), ("0.1", "'0.1'"), (float("nan"), "nan"),
+    ],
+    "no_answer": [("last", "'last'"), (None, "None")],
+    "valid": [(VALID.int(), "int32"), (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
+    "mapping": [("linear", "'linear'"), (None, "None")],
+    "scale": [("batch", "'batch'"), (True, "True")],
+    "eps": [("0", "'0'"), (float("nan"), "nan"), (None, "None")],
+    "scores": [([1.0], "list"), (torch.ones(2, dtype=torch.int64), "int64"), (torch.ones(2, 2), r"2, 2")],
+    "advantages": [
+        ([1.0, 2.0], "list"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(2, dtype=torch.int64), "int64"),
+        (torch.ones(2).requires_grad_(), "requires_grad|True"),
+        (torch.ones(2, device="meta"), "meta"),
+    ],
+    "loss_type": [("grpo", "'grpo'"), (None, "None")],
+    "max_completion_length": [(0, "0"), (8.0, "8.0"), (True, "True")],
+    "denominator": [
+        (-1.0, "-1.0"),
+        (float("nan"), "nan"),
+        ("3", "'3'"),
+        (torch.ones(2), r"\(2,\)"),
+        (torch.tensor(1.0).requires_grad_(), "requires_grad"),
+    ],
+    "cu_seqlens": [
+        (int32(0, 6).float(), "float32"),
+        ([0, 6], "list"),
+        (int32(0, 3, 6)[None], r"\(1, 3\)"),
+        (int32(), r"\(0,\)"),
+        (int32(1, 3, 6), r"1, 3, 6"),
+        (int32(0, 3, 5), r"0, 3, 5"),
+        (int32(0, 7, 6), r"0, 7, 6"),
+    ],
+}  # fmt: skip
+
+
+def bad_calls():
+    for function, good in GOOD.items():
+        for argument in inspect.signature(function).parameters:
+            for i, (value, got) in enumerate(BAD[argument]):
+                arguments = {**good, argument: value}
+                if argument == "cu_seqlens":
+                    arguments |= {k: v for k, v in PACKED.items() if k in good}
+                yield pytest.param(function, argument, arguments, got, id=f"{function.__name__}-{argument}-{i}")
+
+
+@pytest.mark.parametrize("function,argument,arguments,got", bad_calls())
+def test_one_value_error_names_the_argument(function, argument, arguments, got):
+    with pytest.raises(ValueError) as error:
+        function(**arguments)
+    message = str(error.value)
+    assert re.match(rf"`{argument}` must be ", message), message
+    assert re.search(rf", got .*({got})", message), message
+
+
+def test_every_public_argument_has_bad_values():
+    for function in GOOD:
+        assert set(inspect.signature(function).parameters) <= set(BAD)
+        function(**GOOD[function])  # and the good call is good
+
+
+@pytest.mark.parametrize("function", [entropy_scores, fused_entropy_score, sega_loss])
+def test_one_layout_not_both(function):
+    with pytest.raises(ValueError, match=r"`completion_mask` must be .*`cu_seqlens`.*, got both"):
+        function(**GOOD[function], cu_seqlens=int32(0, 6, 12))
+
+
+def test_what_one_argument_asks_of_another():
+    good = {k: v for k, v in GOOD[sega_loss].items() if k not in ("answer_start", "group_size")}
+    for more, argument in (
+        ({"answer_start": START}, "group_size"),
+        ({"group_size": 2}, "answer_start"),
+        ({"advantages": torch.ones(2), "no_answer": "exclude"}, "answer_start"),
+        ({"advantages": torch.ones(2), "loss_type": "constant"}, "max_completion_length"),
+    ):
+        with pytest.raises(ValueError, match=f"`{argument}` must be .*, got None"):
+            sega_loss(**good, **more)
+    for logits in (LOGITS[:, :, ::2], LOGITS[:1].expand(2, 6, 40)):
+        with pytest.raises(ValueError, match=r"`inplace_backward` must be False .*, got True"):
+            token_stats(logits, TARGETS % 20, inplace_backward=True)
+
+
+def test_a_missing_group_size_is_python_s_own_error():
+    with pytest.raises(TypeError, match="group_size"):
+        fused_entropy_score(LOGITS, TARGETS, completion_mask=MASK, answer_start=START)
+
+
+TRITON_ON_CPU = """
+import torch, gem_kernels
+for call in (
+    lambda: gem_kernels.token_stats(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), backend="triton"),
+    lambda: gem_kernels.group_advantages(torch.zeros(2), 2, backend="triton"),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_triton_on_the_cpu_without_the_interpreter_is_refused():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", TRITON_ON_CPU],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(out) == 2 and all(re.match("`backend` must be 'auto' or 'torch'.*, got 'triton'", line) for line in out)
+
+
+def test_public_functions_are_all_here():
+    linear = {name for name in gem_kernels.__all__ if "linear" in name}  # theirs: test_linear_head.py
+    functions = {name for name in gem_kernels.__all__ if name[0].islower()} - linear
+    assert functions == {function.__name__ for function in GOOD}
