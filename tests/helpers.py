@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -17,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gem.rollout.sample import given_completions
 from gem.update.optimizer import StepOutcome, Trainer
+from tests import processes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -165,13 +163,7 @@ def settings(folder, name, **more):
 
 def launch(path, *flags, **environment):
     """Two processes of `gem train`; their output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, "-m", "gem", "train", str(path), *flags], env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return processes.run_ranks(2, processes.gem, "train", path, *flags, environment=environment)
 
 
 def rows(run_dir, file="metrics.jsonl"):
