@@ -11,7 +11,7 @@ from torch import Tensor
 from . import arguments
 from .backends.cpu import span_scores as cpu
 from .logit_stats import token_stats
-from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, TokenStats
+from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, LinearScore, TokenStats
 
 MAPPINGS = ("identity", "softmax", "rank")
 SCALES = ("none", "group")
@@ -138,6 +138,49 @@ def _span_features(
     )
 
 
+def completion_scores(
+    entropy: Tensor,
+    logprobs: Tensor | None,
+    *,
+    score: LinearScore | None,
+    fork_weight: float,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    answer_start: Tensor,
+    top_m: float | int,
+    no_answer: str,
+    valid: Tensor | None,
+    backend: str,
+) -> EntropyScores:
+    """The paper's score, or where `score` is given that one; it needs the log-probs. Checks all of its arguments."""
+    weights = score_weights(score, fork_weight)
+    features, values, ok = _span_features(
+        entropy,
+        None if score is None else logprobs,
+        completion_mask,
+        cu_seqlens,
+        answer_start,
+        weights,
+        top_m,
+        no_answer,
+        valid,
+        backend,
+    )
+    return EntropyScores(values, features[0], features[1], ok)
+
+
+def score_weights(score: LinearScore | None, fork_weight: float) -> tuple[float, ...]:
+    """The weight of each of FEATURES, checked."""
+    arguments.check_number("fork_weight", fork_weight)
+    if score is None:
+        return (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
+    if not isinstance(score, LinearScore):
+        arguments.fail("score", "a LinearScore, or None for the paper's score", type(score).__name__)
+    if fork_weight != 1.0:
+        arguments.fail("fork_weight", "left out where `score` is given (it has a weight of its own)", fork_weight)
+    return score.coefficients
+
+
 def entropy_scores(
     entropy: Tensor,
     *,
@@ -182,12 +225,19 @@ def entropy_scores(
 
     Source: GEM (arXiv 2511.13007), Eq. 1.
     """
-    arguments.check_number("fork_weight", fork_weight)
-    paper = (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
-    features, score, ok = _span_features(
-        entropy, None, completion_mask, cu_seqlens, answer_start, paper, top_m, no_answer, valid, backend
+    return completion_scores(
+        entropy,
+        None,
+        score=None,
+        fork_weight=fork_weight,
+        completion_mask=completion_mask,
+        cu_seqlens=cu_seqlens,
+        answer_start=answer_start,
+        top_m=top_m,
+        no_answer=no_answer,
+        valid=valid,
+        backend=backend,
     )
-    return EntropyScores(score, features[0], features[1], ok)
 
 
 @torch.library.custom_op("gem_kernels::group_advantages", mutates_args=())
@@ -284,6 +334,7 @@ def fused_entropy_score(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> EntropyScoreOutput:
     """Logits -> log-probs, entropies, entropy scores and group advantages, from one read of the logits.
 
@@ -295,6 +346,7 @@ def fused_entropy_score(
         targets: [B, T] or [N].
         answer_start: [B].
         group_size: G; sequences of one prompt stand together.
+        score: a `LinearScore` of named features in place of the paper's score; `fork_weight` is then left out.
 
     Returns:
         EntropyScoreOutput: score, final_entropy, fork_entropy, valid, advantages [B]; logprobs and entropy shaped like
@@ -321,13 +373,13 @@ def fused_entropy_score(
         backend=backend,
     )
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
+    span = {"score": score, "fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
     group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
     return scored(stats, {**layout, **span}, group, backend)
 
 
 def scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
-    scores = entropy_scores(stats.entropy, **span, backend=backend)
+    scores = completion_scores(stats.entropy, stats.logprobs, **span, backend=backend)
     advantages = group_advantages(scores.score, **group, valid=scores.valid, backend=backend)
     return EntropyScoreOutput(
         scores.score,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..scores import counted_targets, scored
-from ..types import EntropyScoreOutput, TokenStats
+from ..types import EntropyScoreOutput, LinearScore, TokenStats
 from .head import check_head, token_rows
 from .products import statistics, statistics_backward
 
@@ -127,13 +127,14 @@ def fused_linear_entropy_score(
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_starts: Sequence[int] | None = None,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> EntropyScoreOutput:
     """`fused_entropy_score` from hidden states: the logits never exist whole.
 
     Args:
         hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
         weight: [V, D]; bias [V] or None.
-        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
+        targets, answer_start, group_size, score and the rest: as for `fused_entropy_score` and `linear_token_stats`.
 
     Returns:
         EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
@@ -161,6 +162,6 @@ def fused_linear_entropy_score(
         backend=backend,
     )
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
+    span = {"score": score, "fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
     group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
     return scored(stats, {**layout, **span}, group, backend)
