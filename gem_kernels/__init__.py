@@ -21,7 +21,7 @@ from .linear.stats import fused_linear_entropy_score, linear_token_stats
 from .logit_stats import token_stats
 from .losses import sega_loss
 from .scores import entropy_scores, fused_entropy_score, group_advantages
-from .types import EntropyScoreOutput, EntropyScores, PolicyLossOutput, SegaOutput, TokenStats
+from .types import EntropyScoreOutput, EntropyScores, PolicyLossOutput, SegaOutput, TokenStats, VocabParallel
 
 __all__ = [
     "EntropyScoreOutput",
@@ -29,6 +29,7 @@ __all__ = [
     "PolicyLossOutput",
     "SegaOutput",
     "TokenStats",
+    "VocabParallel",
     "entropy_scores",
     "fused_entropy_score",
     "fused_linear_entropy_score",
