@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import arguments
 from .logit_stats import token_stats
-from .scores import completion_scores, counted_targets, group_advantages
+from .scores import Spans, completion_scores, counted_targets, group_advantages
 from .types import LinearScore, SegaOutput
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")
@@ -152,19 +152,8 @@ def sega_loss(
         backend=backend,
     )
     entropy = stats.entropy.detach()
-    scores = completion_scores(
-        entropy,
-        stats.logprobs,
-        score=score,
-        completion_mask=completion_mask,
-        cu_seqlens=cu_seqlens,
-        answer_start=answer_start,
-        fork_weight=fork_weight,
-        top_m=top_m,
-        no_answer=no_answer,
-        valid=valid,
-        backend=backend,
-    )
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    scores = completion_scores(entropy, stats.logprobs, spans, fork_weight, score)
     if advantages is None:
         advantages = group_advantages(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend

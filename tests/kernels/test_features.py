@@ -15,6 +15,8 @@ from gem_kernels import (
     completion_features,
     entropy_scores,
     fused_entropy_score,
+    fused_linear_entropy_score,
+    fused_linear_sega_loss,
     reference,
     sega_loss,
 )
@@ -220,3 +222,30 @@ def test_a_score_has_weights_of_its_own(function):
     logits, targets, layout = problem()
     with pytest.raises(ValueError, match=r"`fork_weight` must be left out where `score` is given .*, got 2.0"):
         function(logits, targets, score=LINEAR, fork_weight=2.0, **layout)
+
+
+@each_backend
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [40, 5], ids=["one shot", "two phase"])
+def test_a_linear_score_from_hidden_states(rows, packed, backend):
+    """The same, from hidden states, whole groups in the workspace or not."""
+    V, D = 53, 8
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(V, D, generator=generator).to(DEVICE).requires_grad_()
+    _, targets, layout = problem(V=V, packed=packed)
+    hidden = torch.randn(*targets.shape, D, generator=generator).to(DEVICE).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = reference.sega_loss(exact[0] @ exact[1].t(), targets, score=LINEAR, **layout)
+    want.loss.backward()
+    options = {"score": LINEAR, "workspace_bytes": rows * V * 4, "backend": backend, **layout}
+    out = fused_linear_entropy_score(hidden, weight, targets, **options)
+    got = fused_linear_sega_loss(hidden, weight, targets, **options)
+    got.loss.backward()
+    assert got.path == ("one_shot" if rows == 40 else "two_phase")
+    for name in ("score", "advantages"):
+        scale = float(getattr(want, name).abs().max())
+        close(getattr(out, name) / scale, getattr(want, name) / scale, name)
+        close(getattr(got, name) / scale, getattr(want, name) / scale, name)
+    for mine, theirs in zip((hidden, weight), exact):
+        scale = float(theirs.grad.abs().max())
+        close(mine.grad / scale, theirs.grad / scale, "gradient")
