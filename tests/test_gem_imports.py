@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from test_imports import ROOT, files, imports, inner_targets
+from test_imports import files, imports, inner_targets
 
 import gem_kernels
 
-# From the top down, as in the README's tree.
+# From the top down.
 TREE = """
     errors progress settings config
     arithmetic rows spans data
@@ -44,11 +44,3 @@ def test_gem_sees_only_public_names_of_gem_kernels():
             assert module in ("gem_kernels", INTEGRATION), f"{name} imports {module}"
             assert module == INTEGRATION or imported in gem_kernels.__all__, f"{name} imports {imported}"
     assert "policy" in seen  # the rule looks at something
-
-
-def test_the_readme_names_every_file():
-    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
-    for package in ("gem", "gem_kernels"):
-        for name in files(package):
-            if name != "__main__" and "." not in name:
-                assert f" {name}.py" in tree, f"{package}/{name}.py"
