@@ -20,7 +20,7 @@ PAGES = {
 FENCE = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 SETTING = re.compile(r"`([a-z][a-z0-9_]*): [^`\n]+`")
-FILE = re.compile(r"(?<![\w/.])((?:gem|gem_kernels|tests|bench|docs|\.ci|\.github)/[\w./-]*\w)")
+FILE = re.compile(r"(?<![\w/.])((?:gem|gem_kernels|tests|bench|docs|\.ci|\.github)/[\w./-]*\w\.\w+)")
 
 
 def anchors(text: str) -> set[str]:
@@ -66,8 +66,8 @@ def test_the_rules_see_what_they_should():
     assert anchors(text) == {"a-b_c-of-d", "twice", "twice-1"}
     assert broken("README.md", text.replace("x.md", "README.md").replace("#twice-1", "#n")) == ["nowhere.md", "#n"]
     assert SETTING.findall("`loss_type: token`, `text`, `std::x`") == ["loss_type"]
-    found = FILE.findall("`gem/a/b.py`, see tests/gem. Not https://x.org/gem/b or agem/b.py")
-    assert found == ["gem/a/b.py", "tests/gem"]
+    found = FILE.findall("`gem/a/b.py` and tests/c.py. Not https://x.org/gem/b.py, agem/b.py, gem/score.")
+    assert found == ["gem/a/b.py", "tests/c.py"]
 
 
 @pytest.mark.parametrize("page", PAGES)
