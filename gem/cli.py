@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make preference pairs.")
 app.add_typer(data_app, name="data")
@@ -39,6 +41,25 @@ Marker = Annotated[str, typer.Option(help="What stands before the final answer."
 Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        print(f"gem-kernels {metadata.version('gem-kernels')}")
+    except metadata.PackageNotFoundError:
+        raise UserError("--version: gem-kernels is not installed here; run pip install -e . first") from None
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(

@@ -157,7 +157,7 @@ class TrainConfig:
     guard_preference_drop: float = setting(0.1, "held-out preference accuracy below its best", above=0, most=1)
 
 
-# What a preset sets; keys of the file and flags stand above it. Reasons: docs/decisions.md.
+# What a preset sets; keys of the file and flags stand above it. Reasons: docs/decisions-training.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "safe": {

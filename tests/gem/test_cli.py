@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import yaml
@@ -107,6 +108,24 @@ def test_every_help_fits_a_screen(columns, monkeypatch, capsys):
         lines = out.rstrip().splitlines()
         assert code == 0 and "Usage:" in out
         assert len(lines) <= 40 and max(map(len, lines)) <= columns, command
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    code, out, err = call(["--version"], monkeypatch, capsys)
+    assert (code, out, err) == (0, f"gem-kernels {metadata.version('gem-kernels')}\n", "")
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    code, out, err = call(["--version"], monkeypatch, capsys)
+    assert code == 2 and out == "" and err.startswith("gem: --version: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "train", "data arithmetic"])
+def test_h_is_help(command, monkeypatch, capsys):
+    code, out, _ = call([*command.split(), "-h"], monkeypatch, capsys)
+    assert code == 0 and out == call([*command.split(), "--help"], monkeypatch, capsys)[1]
 
 
 def test_help_needs_no_model_library():
