@@ -1,14 +1,19 @@
 """Products with few rows: the numbers of nn.Linear, only while it is asked for, and only where that is right."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 from torch import nn
 
-from gem.model.lora import Lora, add_lora
+from gem.config.settings import Lora, Sampling, TextSettings
+from gem.data.prompts import text_format
+from gem.model.forward import Policy
+from gem.model.lora import add_lora
 from gem.rollout import cpu_linear as few_rows
 from gem.rollout.cpu_linear import MOST_ROWS, few_row_products
-from gem.rollout.sample import Sampling, roll_out
+from gem.rollout.sample import roll_out
 
 TOKENIZER = tiny_tokenizer()
 
@@ -68,12 +73,14 @@ def test_the_model_is_as_before_after_an_error():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_rollout_samples_through_it(lora, quick, monkeypatch):
-    model = add_lora(tiny_model(), Lora(r=4)) if lora else tiny_model()
+    model = add_lora(tiny_model(), Lora(lora_r=4)) if lora else tiny_model()
     prompts = [TOKENIZER.encode(text) for text in ("a", "What is 2 + 2?")]
 
+    form = dataclasses.replace(text_format(TOKENIZER, TextSettings()), end_tokens=())
+
     def sample():
-        arguments = {"end_token_ids": (), "marker": "Final Answer:", "seed": 3, "batch_size": 2}
-        return roll_out(model, TOKENIZER, prompts, Sampling(2, 12), stats_temperature=1.0, **arguments)
+        sampling = Sampling(num_generations=2, max_completion_length=12)
+        return roll_out(Policy(model), form, prompts, sampling, seed=3, batch_size=2, stats_temperature=1.0)
 
     found = sample()
     assert len(quick) > 12  # a product a token at the least

@@ -8,8 +8,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from gem.config.settings import Lora
 from gem.model import forward as policy
-from gem.model.lora import Lora, add_lora
+from gem.model.forward import Policy
+from gem.model.lora import add_lora
 from gem_kernels.integrations.transformers import causal_lm_head
 
 KINDS = ("plain", "lora", "checkpointed", "lora checkpointed", "ddp", "lora ddp")
@@ -29,7 +31,7 @@ def made(kind):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "lora" in kind:
         torch.manual_seed(0)
-        model = add_lora(model, Lora(r=4))
+        model = add_lora(model, Lora(lora_r=4))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -47,7 +49,7 @@ def run(model, batch, monkeypatch, *, share=None, padding_free=False):
     tokens = []
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
     hook = layer.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[:2].numel()))
-    stats = policy.completion_stats(model, batch, padding_free=padding_free)
+    stats = policy.completion_stats(Policy(model, padding_free), batch)
     loss = (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum()
     loss.backward()
     hook.remove()
@@ -93,4 +95,4 @@ def test_the_prompt_is_joined_where_sharing_it_would_be_wrong(group):
 def test_the_head_skips_the_prompt_under_wrappers_too(group):
     for kind in ("plain", "lora", "ddp", "lora ddp"):
         assert policy.keeps_logits(made(kind)), kind
-        assert policy.device_of(made(kind)) == torch.device("cpu")
+        assert Policy(made(kind)).device == torch.device("cpu")

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import save_tiny, tiny_model
+from helpers import save_tiny, tiny_model, trainer_of
 from rich.console import Console
 
 from gem.config.read import build_config
@@ -227,19 +227,16 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_the_optimizer_continues_exactly():
     """Two steps, saved, two more: as four in a row."""
-    from accelerate import Accelerator
 
-    from gem.update.optimizer import Trainer
-
-    def trainer_of(model):
-        return Trainer(model, Accelerator(cpu=True), learning_rate=1e-2, total_steps=4, lr_schedule="linear")
+    def trainer(model):
+        return trainer_of(model, learning_rate=1e-2, total_steps=4, lr_schedule="linear")
 
     def steps(trainer, number):
         for _ in range(number):
             trainer.backward(trainer.model(torch.tensor([[1, 2, 3 + trainer.num_steps]])).logits.logsumexp(-1).sum())
             trainer.step()
 
-    whole, first, second = trainer_of(tiny_model()), trainer_of(tiny_model()), trainer_of(tiny_model(seed=1))
+    whole, first, second = trainer(tiny_model()), trainer(tiny_model()), trainer(tiny_model(seed=1))
     steps(whole, 4)
     steps(first, 2)
     checkpoint.restore_parameters(second.model, checkpoint.trained_parameters(first.model))
