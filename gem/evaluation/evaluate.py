@@ -26,7 +26,7 @@ from gem.evaluation.statistics import (
     share_estimate,
 )
 from gem.model.forward import Policy, pair_logprobs
-from gem.progress import Bar, progress
+from gem.progress import progress
 from gem.rollout.sample import roll_out
 from gem.scoring.score import ScoredRollout, score_rollout
 
@@ -188,21 +188,6 @@ def sampled_answers(scored: ScoredRollout, pairs: Sequence[TokenizedPair], seed:
         auroc=overall,
         auroc_within=within,
     )
-
-
-def preference_accuracy(
-    policy: Policy,
-    pairs: Sequence[TokenizedPair],
-    *,
-    pad_id: int,
-    reduction: str = "sum",
-    batch_size: int = 8,
-    seed: int = 0,
-    bar: Bar | None = None,
-) -> PreferenceAccuracy:
-    """How often the implicit reward prefers the chosen answer; `reduction` as in `reward_differences`."""
-    logprobs = pair_logprobs(policy, pairs, pad_id=pad_id, batch_size=batch_size, bar=bar)
-    return _preference(reward_differences(logprobs, pairs)[reduction], [pair.prompt_ids for pair in pairs], seed)
 
 
 def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: int) -> PreferenceAccuracy:

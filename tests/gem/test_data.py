@@ -10,7 +10,7 @@ from helpers import tiny_tokenizer
 
 from gem.config.read import build_config
 from gem.config.settings import DIRECT_SYSTEM_PROMPT, RowSettings, TextSettings
-from gem.data import sources as rows
+from gem.data import sources
 from gem.data.answers import answer_finders
 from gem.data.batches import collate
 from gem.data.pairs import load_pairs, load_run_pairs, sft_target, split_pairs
@@ -243,7 +243,7 @@ def test_a_hub_dataset_has_configuration_and_split(monkeypatch):
             raise ValueError("Unknown split 'dev'.")
         return [GOOD, {**GOOD, "chosen": " "}]
 
-    monkeypatch.setattr(rows, "_datasets", lambda source: types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(sources, "_datasets", lambda source: types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(UserError, match=r'^org/name:main\[test\[:2\]\] row 1: "chosen" is empty'):
         load("org/name:main", split="test[:2]")
     assert len(load("org/name", **SKIP)[0]) == 1

@@ -11,7 +11,7 @@ from rich.console import Console
 from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.evaluation import evaluate as evaluation
-from gem.evaluation.evaluate import evaluate, preference_accuracy, reward_differences, sampled_answers
+from gem.evaluation.evaluate import evaluate, reward_differences, sampled_answers
 from gem.evaluation.statistics import wilson_interval
 from gem.model.forward import Policy, pair_logprobs
 from gem.rollout.sample import given_completions
@@ -37,6 +37,25 @@ def alone(prompt_ids, answer_ids):
     return float(logprobs[torch.arange(len(answer_ids)), torch.tensor(answer_ids)].double().sum())
 
 
+def run(pairs, *, reduction="sum", reference=None, **more):
+    return evaluate(
+        Policy(MODEL),
+        FORM,
+        pairs,
+        EvaluationSettings(**{"eval_generate": 8, "eval_sample": 2, "eval_batch_size": 4, **more}),
+        Sampling(num_generations=3, max_completion_length=8),
+        Scoring(),
+        console=Console(file=io.StringIO()),
+        name="test",
+        reduction=reduction,
+        reference=reference,
+    )
+
+
+def preference_accuracy(pairs):
+    return run(pairs, eval_generate=0, eval_sample=0).preference
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_rewards_are_log_probs_of_whole_answers_in_the_order_of_the_pairs(batch_size):
     rewards = pair_logprobs(Policy(MODEL), PAIRS, pad_id=0, batch_size=batch_size)
@@ -55,7 +74,7 @@ def test_differences_by_hand():
 
 def test_accuracy_counts_wins_and_half_of_ties():
     ties = [pair(prompt, "same", "same") for prompt in ("q", "w")]
-    accuracy = preference_accuracy(Policy(MODEL), [*PAIRS, *ties], pad_id=0)
+    accuracy = preference_accuracy([*PAIRS, *ties])
     wins = sum(alone(p.prompt_ids, p.chosen_ids) > alone(p.prompt_ids, p.rejected_ids) for p in PAIRS)
     assert accuracy.accuracy == pytest.approx((wins + 1) / 9)
     assert accuracy.num_pairs == 9
@@ -64,33 +83,18 @@ def test_accuracy_counts_wins_and_half_of_ties():
 
 def test_exchanging_the_answers_mirrors_the_accuracy():
     swapped = [dataclasses.replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
-    one, other = (preference_accuracy(Policy(MODEL), pairs, pad_id=0) for pairs in (PAIRS, swapped))
+    one, other = (preference_accuracy(pairs) for pairs in (PAIRS, swapped))
     assert one.accuracy + other.accuracy == pytest.approx(1)
     assert one.margin == pytest.approx(-other.margin, abs=1e-4)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
     """Each pair four times: the same accuracy, and an interval that is no narrower than that of the prompts."""
-    one = preference_accuracy(Policy(MODEL), PAIRS, pad_id=0)
-    copies = preference_accuracy(Policy(MODEL), PAIRS * 4, pad_id=0)
+    one = preference_accuracy(PAIRS)
+    copies = preference_accuracy(PAIRS * 4)
     assert copies.accuracy == one.accuracy and copies.num_pairs == 28
     assert copies.high - copies.low > 0.8 * (one.high - one.low)
     assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), abs=1e-4)
-
-
-def run(pairs, *, reduction="sum", reference=None, **more):
-    return evaluate(
-        Policy(MODEL),
-        FORM,
-        pairs,
-        EvaluationSettings(**{"eval_generate": 8, "eval_sample": 2, "eval_batch_size": 4, **more}),
-        Sampling(num_generations=3, max_completion_length=8),
-        Scoring(),
-        console=Console(file=io.StringIO()),
-        name="test",
-        reduction=reduction,
-        reference=reference,
-    )
 
 
 def test_unknown_answers_and_no_samples_give_no_numbers():

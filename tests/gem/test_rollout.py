@@ -9,7 +9,7 @@ from helpers import FORM, tiny_model, tiny_tokenizer
 
 from gem.config.settings import Sampling
 from gem.data.batches import collate, pad_rows
-from gem.model import forward as policy
+from gem.model import forward
 from gem.model.forward import Policy, completion_hidden, completion_stats
 from gem.rollout.sample import given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
 
@@ -29,7 +29,7 @@ def alone(prompt, completion):
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_batch_gives_what_each_sequence_gives_alone(shared, monkeypatch):
     if not shared:
-        monkeypatch.setattr(policy, "can_share_prompt", lambda model: False)
+        monkeypatch.setattr(forward, "can_share_prompt", lambda model: False)
     batch = collate(PROMPTS, COMPLETIONS, TOKENIZER.pad_token_id)
     with torch.no_grad():
         stats = completion_stats(Policy(MODEL), batch)
@@ -54,10 +54,10 @@ def test_the_value_under_the_padding_never_matters():
 def test_sharing_the_prompt_keeps_the_gradient(monkeypatch):
     batch = collate(PROMPTS, COMPLETIONS, TOKENIZER.pad_token_id)
     calls = []
-    monkeypatch.setattr(policy, "prompt_cache", lambda *a, real=policy.prompt_cache: calls.append(1) or real(*a))
+    monkeypatch.setattr(forward, "prompt_cache", lambda *a, real=forward.prompt_cache: calls.append(1) or real(*a))
     gradients = []
     for share in (True, False):
-        monkeypatch.setattr(policy, "can_share_prompt", lambda model, share=share: share)
+        monkeypatch.setattr(forward, "can_share_prompt", lambda model, share=share: share)
         model = tiny_model()
         hidden = completion_hidden(Policy(model), batch)[0]
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
@@ -70,13 +70,13 @@ def test_sharing_the_prompt_keeps_the_gradient(monkeypatch):
 
 def test_gradient_checkpointing_in_training_does_not_share():
     model = tiny_model()
-    assert policy.can_share_prompt(model)
+    assert forward.can_share_prompt(model)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
-    assert policy.can_share_prompt(model)  # it matters in training only
+    assert forward.can_share_prompt(model)  # it matters in training only
     model.train()
-    assert not policy.can_share_prompt(model)
+    assert not forward.can_share_prompt(model)
 
 
 def sample(prompts, sampling, ends):

@@ -8,8 +8,8 @@ import torch
 from helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
 
 from gem.config.settings import Scoring, SegaUpdate
-from gem.data.batches import TokenizedPair
-from gem.model.forward import Policy
+from gem.data.batches import TokenizedPair, collate
+from gem.model.forward import Policy, completion_stats
 from gem.rollout.sample import given_completions
 from gem.scoring.score import score_rollout
 from gem.update.optimizer import NO_STEP
@@ -61,6 +61,28 @@ def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_token
             total -= float(logprobs[len(pair.prompt_ids) - 1 :].sum())  # prompt masked
             count += len(pair.chosen_ids)
     assert losses == pytest.approx([total / count] * 3, rel=1e-4)
+
+
+def test_the_one_shot_sft_loss_is_that_of_the_log_probs():
+    """Three head products instead of the four of differentiable log-probs: the same loss and gradient, to rounding."""
+    model = tiny_model()
+    pairs = [TokenizedPair(encode("q" * i), (*encode("a b" * i), END), (END,), None) for i in range(1, 6)]
+    trainer = Recorder(model, micro_batch_size=2)
+    result = sft_step(trainer, pairs, pad_id=0)
+    num_tokens = sum(len(pair.sft_ids) for pair in pairs)
+    batch = collate([p.prompt_ids for p in pairs], [p.sft_ids for p in pairs], 0)
+    loss = -completion_stats(Policy(model), batch).logprobs.sum() / num_tokens
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert result.num_tokens == num_tokens and result.loss == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(trainer.gradient, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_sft_makes_its_gradients_in_the_forward(monkeypatch):
+    """The logits are made once: no statistics that a backward would have to make them again for."""
+    monkeypatch.setattr("gem.model.forward.linear_token_stats", None)  # calling it now fails
+    pairs = [TokenizedPair(encode("q"), (*encode("a"), END), (END,), None)]
+    assert sft_step(Recorder(tiny_model()), pairs, pad_id=0).grad_norm > 0
 
 
 def test_sega_step_raises_the_better_candidate_and_lowers_the_worse():

@@ -11,7 +11,7 @@ from gem.config.settings import Lora, Sampling, TextSettings
 from gem.data.prompts import text_format
 from gem.model.forward import Policy
 from gem.model.lora import add_lora
-from gem.rollout import cpu_linear as few_rows
+from gem.rollout import cpu_linear
 from gem.rollout.cpu_linear import MOST_ROWS, few_row_products
 from gem.rollout.sample import roll_out
 
@@ -22,7 +22,7 @@ TOKENIZER = tiny_tokenizer()
 def quick(monkeypatch):
     """The number of products that were taken the quicker way."""
     calls = []
-    monkeypatch.setattr(few_rows, "_product", lambda *a, real=few_rows._product: calls.append(a) or real(*a))
+    monkeypatch.setattr(cpu_linear, "_product", lambda *a, real=cpu_linear._product: calls.append(a) or real(*a))
     return calls
 
 
@@ -84,7 +84,7 @@ def test_a_rollout_samples_through_it(lora, quick, monkeypatch):
 
     found = sample()
     assert len(quick) > 12  # a product a token at the least
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    monkeypatch.setattr(cpu_linear, "MOST_ROWS", 0)
     plain = sample()
     assert torch.equal(found.batch.completion_ids, plain.batch.completion_ids)
     torch.testing.assert_close(found.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from helpers import FORM, tiny_model, tiny_tokenizer
 from gem.config.settings import Scoring
 from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.scoring import score as filtering
+from gem.scoring import score
 from gem.scoring.score import overlong_penalty, rank_candidates, ranking_metrics, score_rollout
 from gem_kernels import group_advantages
 
@@ -101,7 +101,7 @@ def test_recorded_statistics_replace_the_forward(monkeypatch):
     model, rollout = tiny_model(), rollout_of(*TEXTS)
     scored = score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
     recorded = dataclasses.replace(rollout, logprobs=scored.logprobs, entropy=scored.entropy)
-    monkeypatch.setattr(filtering, "measured_stats", None)  # calling the model now fails
+    monkeypatch.setattr(score, "measured_stats", None)  # calling the model now fails
     again = score_rollout(Policy(model), recorded, Scoring(), batch_size=1)
     assert torch.equal(again.scores.score, scored.scores.score) and again.entropy is recorded.entropy
     with pytest.raises(TypeError):
