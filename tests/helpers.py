@@ -15,8 +15,11 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gem.config.settings import OptimizerSettings, TextSettings
+from gem.data.prompts import text_format
+from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.update.optimizer import StepOutcome, Trainer
+from gem.update.optimizer import StepResult, Trainer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -104,6 +107,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 END = TOKENIZER.eos_token_id
+FORM = text_format(TOKENIZER, TextSettings())
 
 
 TEXTS = (
@@ -123,20 +127,25 @@ def encode(text):
 def rollout_of(num_prompts=4, size=2):
     prompts = [encode(f"question {i} " + "?" * i) for i in range(num_prompts)]
     rows = [(*encode(TEXTS[i % len(TEXTS)] + "!" * i), END) for i in range(num_prompts * size)]
-    return given_completions(TOKENIZER, prompts, rows, end_token_ids=[END], marker="Final Answer:")
+    return given_completions(FORM, prompts, rows)
+
+
+def trainer_of(model, *, learning_rate=1e-3, total_steps=1, **settings):
+    settings = OptimizerSettings(**settings)
+    return Trainer(Policy(model), CPU, settings, learning_rate=learning_rate, total_steps=total_steps)
 
 
 class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
-    def __init__(self, model):
-        super().__init__(model, CPU, learning_rate=1e-3, total_steps=1)
+    def __init__(self, model, **settings):
+        super().__init__(Policy(model), CPU, OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
         self.model.zero_grad()
         loss, self._loss = float(self._loss), None
-        return StepOutcome(loss, float(self.gradient.norm()), False)
+        return StepResult(loss, float(self.gradient.norm()), self.learning_rate)
 
 
 # An odd number of prompts and micro-batches: the processes' shares differ.

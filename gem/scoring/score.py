@@ -7,34 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from gem.model.forward import measured_stats
-from gem.progress import Progress
+from gem.config.settings import Scoring
+from gem.model.forward import Policy, measured_stats
+from gem.progress import Bar
 from gem.rollout.sample import Rollout
 from gem.scoring import ranking
 from gem_kernels import EntropyScores, entropy_scores, group_advantages
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """S = -final_weight * H_final + fork_weight * H_fork, and how scores become advantages."""
-
-    final_weight: float = 1.0
-    fork_weight: float = 1.0
-    top_m: float | int = 0.1
-    no_answer: str = "tail"
-    mapping: str = "identity"
-    scale: str = "none"
-    temperature: float = 1.0  # of the entropies; 1.0 is the model itself, however it was sampled
-    mask_truncated: bool = False
-    ranking: str = "score"  # the reward: the score, or bradley_terry: its log-strength within the group
-    trim: str = "none"
-    trim_mad: float = 3.0
-    trim_share: float = 0.25
-    overlong_buffer: int = 0  # tokens; 0: no penalty
-    overlong_penalty: float = 1.0
-    max_completion_length: int = 0  # needed where overlong_buffer is
 
 
 @dataclass(frozen=True)
@@ -59,27 +38,22 @@ class ScoredRollout:
 
 
 def score_rollout(
-    model: PreTrainedModel,
-    rollout: Rollout,
-    scoring: Scoring,
-    *,
-    batch_size: int,
-    progress: Progress | None = None,
+    policy: Policy, rollout: Rollout, scoring: Scoring, *, batch_size: int, bar: Bar | None = None
 ) -> ScoredRollout:
     """Scores every candidate with the model as it is now, `batch_size` prompts a forward.
 
-    Where the sampler recorded log-probs and entropies (of that same model, at `scoring.temperature`) there is no
+    Where the sampler recorded log-probs and entropies (of that same model, at `score_temperature`) there is no
     forward at all.
     """
     if rollout.entropy is None or rollout.logprobs is None:
         stats = measured_stats(
-            model, rollout.batch, temperature=scoring.temperature, batch_size=batch_size, progress=progress
+            policy, rollout.batch, temperature=scoring.score_temperature, batch_size=batch_size, bar=bar
         )
         logprobs, entropy = stats.logprobs, stats.entropy
     else:
         logprobs, entropy = rollout.logprobs, rollout.entropy
-        if progress is not None:
-            progress.advance(len(rollout.batch.prompt_ids))
+        if bar is not None:
+            bar.advance(len(rollout.batch.prompt_ids))
     return rank_candidates(rollout, logprobs, entropy, scoring)
 
 
@@ -107,7 +81,7 @@ def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Ten
         rewards = rewards + scoring.overlong_penalty * penalty.view(groups)
     advantages = group_advantages(
         rewards.flatten().float(), batch.num_generations, valid=kept.flatten(),
-        mapping=scoring.mapping, scale=scoring.scale,
+        mapping=scoring.reward_mapping, scale=scoring.reward_scale,
     )  # fmt: skip
     pairs = ranking.best_and_worst(rewards, kept)
     different = torch.tensor([not _same_tokens(batch, *pair) for pair in pairs.tolist()], dtype=torch.bool)

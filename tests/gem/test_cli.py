@@ -1,6 +1,5 @@
 """The command line of what reads: evaluate, score, config; every help fits a screen."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -92,7 +91,7 @@ def test_score_finds_answers_as_asked(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("preset", ["paper", "safe"])
 def test_a_printed_config_is_read_back(preset, tmp_path, monkeypatch, capsys):
     code, out, _ = call(["config", "--preset", preset], monkeypatch, capsys)
-    assert code == 0 and set(yaml.safe_load(out)) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert code == 0 and set(yaml.safe_load(out)) == set(TrainConfig.model_fields)
     (tmp_path / "c.yaml").write_text(out)
     assert load_config(tmp_path / "c.yaml", [], **NEEDED) == build_config({**NEEDED, "preset": preset})
     code, _, err = call(["config", "--preset", "wild"], monkeypatch, capsys)

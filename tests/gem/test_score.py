@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from gem.config.settings import Scoring
+from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.scoring import score as filtering
-from gem.scoring.score import Scoring, overlong_penalty, rank_candidates, ranking_metrics, score_rollout
+from gem.scoring import score
+from gem.scoring.score import overlong_penalty, rank_candidates, ranking_metrics, score_rollout
 from gem_kernels import group_advantages
-from tests.helpers import tiny_model, tiny_tokenizer
+from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -18,7 +20,7 @@ END = TOKENIZER.eos_token_id
 
 def rollout_of(*texts, groups=1, ended=True):
     rows = [[*TOKENIZER.encode(text), *([END] if ended else [])] for text in texts]
-    return given_completions(TOKENIZER, [[5, 6]] * groups, rows, end_token_ids=[END], marker="Final Answer:")
+    return given_completions(FORM, [[5, 6]] * groups, rows)
 
 
 TEXTS = ("a b Final Answer: 1", "cc Final Answer: 22", "d Final Answer: 3", "no answer here")
@@ -97,13 +99,13 @@ def test_equal_completions_make_no_pair():
 
 def test_recorded_statistics_replace_the_forward(monkeypatch):
     model, rollout = tiny_model(), rollout_of(*TEXTS)
-    scored = score_rollout(model, rollout, Scoring(), batch_size=1)
+    scored = score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
     recorded = dataclasses.replace(rollout, logprobs=scored.logprobs, entropy=scored.entropy)
-    monkeypatch.setattr(filtering, "measured_stats", None)  # calling the model now fails
-    again = score_rollout(model, recorded, Scoring(), batch_size=1)
+    monkeypatch.setattr(score, "measured_stats", None)  # calling the model now fails
+    again = score_rollout(Policy(model), recorded, Scoring(), batch_size=1)
     assert torch.equal(again.scores.score, scored.scores.score) and again.entropy is recorded.entropy
     with pytest.raises(TypeError):
-        score_rollout(model, rollout, Scoring(), batch_size=1)
+        score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
 
 
 def test_metrics_name_what_was_found_and_left_out():
