@@ -121,9 +121,8 @@
       this.pieces = this.numbers.lengths.map((length) => text.slice(from, from += length));
       this.forks = new Set(this.numbers.fork);
       this.at = 0;
-      this.element = make("div", { className: "text", role: "listbox", tabIndex: 0, dir: "auto" });
+      this.element = make("div", { className: "text", role: "group", tabIndex: 0, dir: "auto" });
       this.element.setAttribute("aria-label", `Tokens of ${name}`);
-      this.element.setAttribute("aria-orientation", "horizontal");
       lists.set(this.element, this);
       this.element.addEventListener("keydown", (event) => this.key(event));
       this.element.addEventListener("focus", () => this.focus(this.at));
@@ -178,7 +177,6 @@
       const before = [], within = [];
       for (let i = chunk.from; i < chunk.to; i++) {
         const token = make("span", { textContent: this.pieces[i], className: this.kind(i), tabIndex: -1 });
-        token.setAttribute("role", "option");
         token.i = i;
         (i < answer ? before : within).push(token);
       }
@@ -208,13 +206,11 @@
     focus(i) {
       const token = this.token(i);
       if (!token) return;
-      for (const old of this.element.querySelectorAll(".t[tabindex='0']")) { old.tabIndex = -1; old.removeAttribute("aria-selected"); old.removeAttribute("aria-describedby"); }
+      for (const old of this.element.querySelectorAll(".t[tabindex='0']")) { old.tabIndex = -1; old.removeAttribute("aria-describedby"); }
       this.at = i;
       this.element.tabIndex = -1;
       token.tabIndex = 0;
-      token.setAttribute("aria-selected", "true");
       token.setAttribute("aria-describedby", "tip");
-      if (!this.pieces[i].trim()) token.setAttribute("aria-label", shown(this.pieces[i]));
       token.focus();
     }
 
@@ -321,7 +317,7 @@
     if (one.probability !== undefined) add("P(right)", number(one.probability));
     if (one.advantage !== undefined) add("advantage", number(one.advantage, true));
     if (one.length !== undefined) add("tokens", one.length.toLocaleString("en"));
-    if (one.meanEntropy !== undefined) add("mean entropy", `${number(one.meanEntropy)} nats`);
+    if (one.meanEntropy !== undefined) add("mean entropy", number(one.meanEntropy));
     return list;
   }
 

@@ -117,14 +117,16 @@ def completion_data(completions: Sequence[Completion], max_tokens: int) -> tuple
 
 
 def shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
-    """Characters that all prompts begin and end with, whole lines: a chat template's, the same for each."""
+    """Characters that all prompts begin and end with, whole lines or from a special token on: a chat template's."""
     if len(prompts) < 2:
         return 0, 0
     first, last = min(prompts), max(prompts)  # what these two share at the start, all share
     start = first[: _agreement(first, last)].rfind("\n") + 1
     tails = [prompt[start:][::-1] for prompt in prompts]
     first, last = min(tails), max(tails)
-    return start, first[: _agreement(first, last)].rfind("\n") + 1
+    shared = first[: _agreement(first, last)][::-1]
+    end = re.search(r"\n|<\||</|\[/", shared)
+    return start, len(shared) - end.start() if end else 0
 
 
 def _agreement(first: str, second: str) -> int:
@@ -134,8 +136,8 @@ def _agreement(first: str, second: str) -> int:
 
 
 def visible(text: str) -> str:
-    """Control characters as their pictures, direction marks and what has no width as its code point, no surrogates."""
-    return _HIDDEN.sub(_picture, text)
+    """Control characters, direction marks and what has no width as their code points; no lone surrogates."""
+    return _HIDDEN.sub(_code_point, text)
 
 
 def as_script_json(value: Any) -> Markup:
@@ -146,13 +148,11 @@ def as_script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _picture(match: re.Match[str]) -> str:
+def _code_point(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xD800 <= code < 0xE000:
         return "\ufffd"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"\u27e8U+{code:04X}\u27e9"
+    return f"\u27e8U+{code:04X}\u27e9"
 
 
 def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]:

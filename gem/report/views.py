@@ -259,11 +259,10 @@ def headlines(source: Source, calibrations: Sequence[dict[str, Any]], axis: Axis
 
 
 def model_name(source: Source) -> str | None:
-    """The model of a run or of a calibrated score, as it was named there."""
-    for score in source.scores.values():
-        if score.get("model"):
-            return str(score["model"])
-    return _setting(source.config, "model")
+    """The model of a run or of a calibrated score as it was named there; of an absolute path the end."""
+    names = [str(score["model"]) for score in source.scores.values() if score.get("model")]
+    name = names[0] if names else _setting(source.config, "model")
+    return "/".join(name.split("/")[-2:]) if name and name.startswith("/") else name
 
 
 def _completion_tiles(completions: Sequence[Completion]) -> list[dict[str, str]]:

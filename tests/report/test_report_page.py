@@ -123,7 +123,7 @@ def test_json_within_a_script():
 
 
 def test_what_cannot_be_seen_is_written_out():
-    assert visible("a\x00b\x1bc\x7f\x85") == "a␀b␛c␡⟨U+0085⟩"
+    assert visible("a\x00b\x1bc\x7f\x85\r") == "a⟨U+0000⟩b⟨U+001B⟩c⟨U+007F⟩⟨U+0085⟩⟨U+000D⟩"
     assert visible("\u202eabc\u2066\ufeff\ud800\u200b") == "⟨U+202E⟩abc⟨U+2066⟩⟨U+FEFF⟩\ufffd⟨U+200B⟩"
     for kept in ("line\n\ttab", "👩‍👩‍👧", "שלום", "é"):
         assert visible(kept) == kept
@@ -131,7 +131,7 @@ def test_what_cannot_be_seen_is_written_out():
 
 def test_lengths_are_those_of_javascript(tmp_path):
     html = page(write_rows(tmp_path / "rows.jsonl", [completion_row(tokens=["🎉", "é", "\x00", "ab"])]))
-    assert data_of(html, "tokens-0")["lengths"] == [2, 1, 1, 2]
+    assert data_of(html, "tokens-0")["lengths"] == [2, 1, 8, 2]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ def test_lengths_are_those_of_javascript(tmp_path):
         (["sys\nuser: a\nend\n", "sys\nuser: b\nend\n"], (4, 5)),
         (["same\nabc", "same\nabd"], (5, 0)),
         (["x", "y"], (0, 0)),
+        (["<s>a?<|end|>\n<|start|>\n", "<s>b?<|end|>\n<|start|>\n"], (0, 18)),
         (["a\nb\n", "a\nb\nc\n"], (4, 0)),
     ],
 )
