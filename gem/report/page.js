@@ -20,11 +20,11 @@
   function number(value, sign = false) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    let text = value.toPrecision(3);
+    let text = size < 1e-4 ? value.toExponential(2) : value.toPrecision(3);
     if (Number.isInteger(value)) text = String(value);
     else if (size >= 0.01 && size < 100) text = value.toFixed(3);
     else if (size >= 100 && size < 1e5) text = value.toFixed(1);
-    return (sign && value > 0 ? "+" : "") + text.replace("-", "−");
+    return (sign && value > 0 ? "+" : "") + text.replaceAll("-", "−");
   }
 
   // ---------------------------------------------------------------- theme, navigation
@@ -53,7 +53,12 @@
     waiting = false;
     const passed = sections.filter((section) => section.getBoundingClientRect().top < 160 || section.id === "overview");
     const here = passed.reduce((a, b) => (a && a.getBoundingClientRect().top > b.getBoundingClientRect().top ? a : b), null);
-    links.forEach((link, i) => sections[i] === here ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
+    links.forEach((link, i) => {
+      if (sections[i] !== here) return link.removeAttribute("aria-current");
+      if (link.hasAttribute("aria-current")) return;
+      link.setAttribute("aria-current", "true");
+      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40; // a narrow screen shows few
+    });
   }
   addEventListener("scroll", () => { if (!waiting) { waiting = true; requestAnimationFrame(markSection); } }, { passive: true });
   markSection();
@@ -310,10 +315,11 @@
   const SAID = { right: "✓ right", wrong: "✗ wrong", unknown: "? not known" };
   const anyKnown = data.completions.some((one) => one.correct !== undefined);
 
-  function figures(one) {
+  function figures(one, best) {
     const list = make("dl", { className: "figures" });
     const add = (name, value, kind = "") => list.append(make("div", { className: kind }, make("dt", {}, name), make("dd", {}, value)));
     if (one.score !== undefined) add("score", number(one.score), "first");
+    if (best) list.lastChild.lastChild.append(make("span", { className: "star", title: "the highest score of its prompt" }, " ★", make("span", { className: "unseen" }, " highest of its prompt")));
     if (one.probability !== undefined) add("P(right)", number(one.probability));
     if (one.advantage !== undefined) add("advantage", number(one.advantage, true));
     if (one.length !== undefined) add("tokens", one.length.toLocaleString("en"));
@@ -336,10 +342,9 @@
     const name = /^\d/.test(one.label) ? `Candidate ${one.label}` : one.label;
     const head = make("header", {}, make("h4", {}, name));
     if (anyKnown) head.append(make("span", { className: `is ${kind}` }, SAID[kind]));
-    if (best) head.append(make("span", { className: "is plain" }, "★ highest score"));
     if (one.valid === false) head.append(make("span", { className: "is plain" }, "not counted"));
     if (one.truncated) head.append(make("span", { className: "is plain" }, "cut off"));
-    const made = make("article", { className: "card" }, head, figures(one));
+    const made = make("article", { className: "card" }, head, figures(one, best));
     made.setAttribute("aria-label", `${name}, ${place}`);
     made.append(...(one.tokens ? [new TokenList(id, `${name}, ${place}`).element] : plainText(one.text)));
     if (one.answer !== undefined) made.append(make("p", { className: "final" }, make("span", {}, "Answer "), one.answer));

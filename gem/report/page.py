@@ -156,14 +156,12 @@ def _code_point(match: re.Match[str]) -> str:
 
 
 def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    text, answer, tokens = visible(one.text), one.answer, None
+    text, tokens = visible(one.text), None
     row: dict[str, Any] = {"label": visible(one.label)}
     if one.tokens is not None:
         pieces = [visible(token) for token in one.tokens.text]
         text = "".join(pieces)
         tokens = _token_data(one.tokens, pieces)
-        if answer is None and one.tokens.answer_start < len(pieces):
-            answer = "".join(one.tokens.text[one.tokens.answer_start :])
         known = [value for value in one.tokens.entropy if value is not None]
         row["meanEntropy"] = _digits(sum(known) / len(known)) if known else None
     numbers = {"score": one.score, "probability": one.probability, "advantage": one.advantage}
@@ -171,7 +169,7 @@ def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]
         **{name: _digits(value) for name, value in numbers.items()},
         "text": text,
         "length": one.num_tokens,
-        "answer": None if answer is None else visible(" ".join(answer.split())[:200]),
+        "answer": None if one.answer is None else visible(" ".join(one.answer.split())[:200]),
         "correct": one.correct,
         "valid": one.valid,
         "truncated": one.truncated,
