@@ -91,7 +91,7 @@ class Page:
         """A figure of all cards, in the page's order."""
         cards = "[...document.querySelectorAll('.card .figures div')]"
         return self.js(f"return {cards}.filter(d => d.children[0].textContent == arguments[0])"
-                       ".map(d => d.children[1].textContent)", name)  # fmt: skip
+                       ".map(d => d.children[1].firstChild.textContent)", name)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
