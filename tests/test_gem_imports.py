@@ -13,6 +13,8 @@ TREE = """
     zero distributed adapters model trainer zero_trainer checkpoint
     policy reference few_rows rollout vllm ranking filtering
     update measures evaluate guards
+    calibration.features calibration.score_file calibration.fit calibration.probability calibration.samples
+    calibration.table
     tracking reports session stages safeguards train
     scorefile demo cli __main__
 """
