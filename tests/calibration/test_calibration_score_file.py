@@ -93,7 +93,7 @@ def nested(path, value):
     def change(content):
         *parts, last = path.split("/")
         for part in parts:
-            content = content[part]
+            content = content[int(part)] if isinstance(content, list) else content[part]
         content[last] = value
 
     return change
