@@ -6,9 +6,9 @@ import shutil
 import time
 
 import pytest
-from report_data import HOSTILE, completion_row, hostile_rows, make_run, write_rows
 
 from gem.report.page import visible, write_report
+from tests.report.report_data import HOSTILE, completion_row, hostile_rows, make_run, write_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None or shutil.which("chromedriver") is None:

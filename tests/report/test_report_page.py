@@ -10,12 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_data import HOSTILE, calibrated_score, completion_row, hostile_rows, make_run, metric_rows, write_rows
 
 from gem.errors import UserError
 from gem.report import charts, views
 from gem.report.page import as_script_json, shared_ends, visible, write_report
 from gem.report.records import read_metrics
+from tests.report.report_data import (
+    HOSTILE,
+    calibrated_score,
+    completion_row,
+    hostile_rows,
+    make_run,
+    metric_rows,
+    write_rows,
+)
 
 
 class Elements(HTMLParser):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from report_data import calibrated_score, completion_row, make_run, metric_rows, write_rows
 
 from gem.errors import UserError
 from gem.report.records import read_completions, read_metrics, read_source
+from tests.report.report_data import calibrated_score, completion_row, make_run, metric_rows, write_rows
 
 
 def said(tmp_path, row) -> str:
