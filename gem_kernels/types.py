@@ -81,7 +81,7 @@ class LinearScore:
     LinearScore({"final_entropy": -1.0, "fork_entropy": fork_weight}).
 
     Args:
-        weights: by feature name; finite, at least one of them not zero. Higher scores are better.
+        weights: by feature name, at least one; finite. Higher scores are better.
         scales: by feature name, finite and above 0; 1 where not given.
 
     Raises:
@@ -107,15 +107,19 @@ class LinearScore:
                 if not number or not abs(value) <= FLOAT32_MAX or (name == "scales" and value <= 0):
                     wanted = "finite numbers" + (" above 0" if name == "scales" else "")
                     raise ValueError(f"`{name}` must hold {wanted}, got {feature}: {value!r}")
-        if not any(self.weights.values()):
-            raise ValueError(f"`weights` must have a weight that is not 0, got {dict(self.weights)!r}")
+        if not self.weights:
+            raise ValueError("`weights` must name a feature, got none")
         if not all(abs(value) <= FLOAT32_MAX for value in self.coefficients):
             raise ValueError(f"`weights` over `scales` must fit float32, got {self.coefficients!r}")
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """weights[f] / scales[f], one for each of `FEATURES`; 0 for those without a weight."""
-        return tuple(float(self.weights.get(name, 0.0)) / float(self.scales.get(name, 1.0)) for name in FEATURES)
+        return tuple(self.coefficient(name) for name in FEATURES)
+
+    def coefficient(self, feature: str) -> float:
+        """weights[feature] / scales[feature]; 0 where it has no weight."""
+        return float(self.weights.get(feature, 0.0)) / float(self.scales.get(feature, 1.0))
 
 
 @dataclass(frozen=True)

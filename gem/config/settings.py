@@ -145,7 +145,7 @@ class Scoring(Section):
 
     score_temperature: ScoreTemperature
     final_weight: float = setting(1.0, "of H_final; 0: without it", ge=0)
-    fork_weight: float = setting(1.0, "lambda, of H_fork; 0: without it", ge=0)
+    fork_weight: float = setting(1.0, "lambda, of H_fork; 0: without it; it may be negative", ge=-1000, le=1000)
     top_m: float | int = setting(0.1, "share (0.1) or count (4) of the reasoning tokens in H_fork", gt=0)
     ranking: Literal["score", "bradley_terry"] = setting("score", "reward: the score, or its Bradley-Terry strength")
     trim: Literal["none", "mad", "rank"] = setting("none", "leave outliers out of the group: by deviation or by rank")

@@ -123,8 +123,11 @@ def next_baseline(metrics: Mapping[str, Any], baseline: Baseline) -> Baseline:
 
 
 def lowered(fork_weight: float) -> float:
-    """lambda after a breach: half of it. H_fork is what a policy can raise without end, by rambling."""
-    return fork_weight / 2
+    """lambda after a breach: half of it. H_fork is what a policy can raise without end, by rambling.
+
+    A negative lambda rewards no rambling and stays.
+    """
+    return fork_weight / 2 if fork_weight > 0 else fork_weight
 
 
 def watch(

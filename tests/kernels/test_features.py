@@ -167,8 +167,7 @@ def test_a_feature_without_weight_is_left_out():
         ({"length": "1"}, {}, r"`weights` must hold finite numbers, got length: '1'"),
         ({"length": 1.0}, {"length": 0.0}, r"`scales` must hold finite numbers above 0, got length: 0.0"),
         ({"length": 1.0}, {"length": 1e-200}, r"`weights` over `scales` must fit float32"),
-        ({"length": 0.0}, {}, r"`weights` must have a weight that is not 0"),
-        ({}, {}, r"`weights` must have a weight that is not 0"),
+        ({}, {}, r"`weights` must name a feature, got none"),
         ([1.0], {}, r"`weights` must be a mapping"),
     ],
 )
