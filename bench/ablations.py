@@ -11,6 +11,7 @@ A finished row is a file, OUT/seed-S/ROW.json, and is not run again; trained wei
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -23,10 +24,10 @@ import torch
 from rich.console import Console
 
 from gem.config.read import build_config
-from gem.config.settings import TrainConfig
-from gem.data.answers import answer_finders, answers_match
-from gem.data.pairs import load_pairs, pair_options
-from gem.data.prompts import prompt_format, run_system_prompt
+from gem.config.settings import Sampling, TrainConfig
+from gem.data.answers import answers_match
+from gem.data.pairs import load_pairs
+from gem.data.prompts import text_format
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.demo.run import demo_model
 from gem.errors import UserError
@@ -34,8 +35,8 @@ from gem.evaluation.evaluate import reward_differences
 from gem.evaluation.statistics import bootstrap_interval
 from gem.files import write_jsonl
 from gem.model import load as models
-from gem.model.forward import pair_logprobs
-from gem.rollout.sample import Sampling, roll_out
+from gem.model.forward import Policy, pair_logprobs
+from gem.rollout.sample import roll_out
 from gem.train import train
 
 # Meant for all rows and three seeds in half an hour on 2 free CPU cores (estimated, not measured).
@@ -152,19 +153,15 @@ def run_row(
 def measure(model_dir: Path, config: TrainConfig, held_out: Path, num_problems: int) -> dict[str, Any]:
     """Of each held-out pair whether the chosen answer won (a tie one half), of each problem whether it was solved."""
     source = models.find_model(str(model_dir))
-    tokenizer = models.load_tokenizer(source)
-    form = prompt_format(tokenizer, run_system_prompt(config))
-    pairs, _ = load_pairs(held_out, form, None, pair_options(config))
-    model = models.load_model(source, models.load_config(source), config.dtype, config.device)
-    rewards = pair_logprobs(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size)
+    form = text_format(models.load_tokenizer(source), config)
+    pairs, _ = load_pairs(held_out, form, None, config, room=config.max_completion_length)
+    model = models.load_model(source, models.load_model_config(source), config.dtype, config.device)
+    form = dataclasses.replace(form, end_tokens=models.end_token_ids(model, form.tokenizer, form.end_of_turn))
+    rewards = pair_logprobs(Policy(model), pairs, pad_id=form.pad_id, batch_size=config.eval_batch_size)
     difference = reward_differences(rewards, pairs)[config.preference_reduction]
     problems = pairs[:num_problems]
-    rollout = roll_out(
-        model, tokenizer, [pair.prompt_ids for pair in problems],
-        Sampling(num_generations=1, max_completion_length=config.max_completion_length, temperature=0.0),
-        end_token_ids=models.end_token_ids(model, tokenizer, form.end_of_turn),
-        marker=answer_finders(config.answer_span, config.answer_marker), seed=0, batch_size=32,
-    )  # fmt: skip
+    greedy = Sampling(num_generations=1, max_completion_length=config.max_completion_length, temperature=0.0)
+    rollout = roll_out(Policy(model), form, [pair.prompt_ids for pair in problems], greedy, seed=0, batch_size=32)
     solved = [answers_match(given, pair.answer) for given, pair in zip(rollout.spans.answers, problems)]
     return {"won": ((difference.sign() + 1) / 2).tolist(), "solved": [float(right) for right in solved]}
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from gem_kernels.linear import active_vocab
-from gem_kernels.linear.head import check_head
+from gem_kernels.linear.head import Chunk, LinearArguments, check_head
 from gem_kernels.linear.products import Products
 
 EXPONENTS = (8, 10, 12)
@@ -116,9 +116,8 @@ def truth(hidden, weight, targets, a):
 def backward(gradient, hidden, weight, targets, a, threshold, rows_per_chunk, clock):
     """-> seconds, share, dHidden, dWeight, report. The chunks of dL/dlogits are there."""
     workspace_bytes = 4 * weight.shape[0] * rows_per_chunk
-    head, *_ = check_head(
-        hidden, weight, targets, None, 1.0, None, 1.0, -100, None, workspace_bytes, "auto", active_vocab=threshold
-    )
+    given = (hidden, weight, targets, None, 1.0, None, 1.0, -100, None, workspace_bytes, None, "auto", threshold)
+    head, options = check_head(LinearArguments(*given))
     begin = clock()
     # No workspace of its own here: the chunks are given.
     products = Products(head, 1, (True, True, False))
@@ -129,7 +128,7 @@ def backward(gradient, hidden, weight, targets, a, threshold, rows_per_chunk, cl
     grad_hidden = torch.empty_like(hidden)
     for i in range(0, len(hidden), rows_per_chunk):
         rows = slice(i, i + rows_per_chunk)
-        chunk = (hidden[rows], targets[rows], 1.0, None)
+        chunk = Chunk(hidden[rows], targets[rows], options)
         products.backward(gradient[rows], chunk, grad_hidden[rows], a[rows], torch.zeros_like(a[rows]))
     grad_weight, _ = products.gradients()
     report = products.report(grad_hidden)

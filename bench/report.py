@@ -33,7 +33,7 @@ FLOORS = {
     "linear_stats": "one product, 2 N D V flop",
     "linear_policy": "three products",
     "nll": "three products. No entropy is asked for here",
-    "sega": "three products. Advantages come from the entropies; who has none is given advantages, and does less",
+    "sega": "three products. Advantages come from the entropies. Who computes none is given them, and does less",
     "scores": "one read of the entropies",
     "step": "8 flop a weight for each prompt token and each completion token, once",
     "hard": "",
@@ -237,24 +237,32 @@ INTRO = """# Benchmarks
 
 Made by `python -m bench.report` from the result files named below; not edited by hand.
 
-How to read it. Rivals of one table run in turn in one process on the same numbers: median and spread (between the
-quartiles) of the repetitions, peak extra memory of one call above its inputs, results and gradients included. The
-rate counts the least work that any implementation must do, so what recomputes has a lower rate; its share is of the
-ceiling measured in the same turns: a copy of device memory (read + write) or the head's own bare product. Errors are
-against float64 on the first rows of the same inputs: log-probs and entropies in nats, gradients over the largest
-entry. Who errs more than twice plain torch in the same dtype plus rounding is called WRONG and has no rank; nor has
-who computes no entropy where it is asked for, or approximates by design. A share above 1 is a pass that only reads,
-where the copy it is measured against also writes. On a CPU, memory is the rise of the resident set's high-water mark.
-"wrong" is a statement about digits: the error and the budget stand beside it. The budget is in `bench/errors.py`.
+How to read the tables:
 
-Adapters are in `bench/peers.py`. Those of implementations that need a CUDA device (flash-attn, quack, cut-cross-
-entropy's Triton kernels, verl's Triton kernel, Liger's Triton kernels, TRL's Triton kernels) are written from the
-sources of TRL 1.16.0, liger-kernel 0.8.5, cut-cross-entropy 25.1.1, verl 0.9.1, quack-kernels 0.6.5 and flash-attn
-2.8.3; where the GPU part below says "not measured", they have not been run.
+- **Time.** The rivals of one table run in turn, in one process, on the same numbers. A time is the median of the
+  repetitions. The spread is the distance between their quartiles.
+- **Memory** is the peak extra memory of one call above its inputs, results and gradients included. On a CPU it is the
+  rise of the resident set's high-water mark.
+- **Rate** counts the least work that any implementation must do. So an implementation that computes something twice has
+  a lower rate.
+- **Share** is the rate's share of a ceiling. The ceiling is measured in the same turns: a copy of device memory (read +
+  write), or the head's own bare product. A share above 1 is a pass that only reads, where the copy it is measured
+  against also writes.
+- **Errors** are against float64, on the first rows of the same inputs. Log-probs and entropies are in nats. The error
+  of a gradient is divided by its largest entry.
+- **WRONG** stands where an error is more than twice that of plain torch in the same dtype, plus rounding. It is a
+  statement about digits: the error and the budget stand beside it. The budget is in `bench/errors.py`.
+- **Rank.** Three kinds of rows have none: those that are WRONG, those that compute no entropy where it is asked for,
+  and those that approximate by design.
 
-The whole step: the authors' way is written out in `bench/step.py`, one candidate at a time, full logits, one scoring
-and one training forward each. Both sides take the same prompts, tokens and answer spans, and the same AdamW step;
-rollout is not part of it.
+Adapters are in `bench/peers.py`. Some implementations need a CUDA device: flash-attn, quack, and the Triton kernels of
+cut-cross-entropy, verl, Liger and TRL. Their adapters are written from the sources of TRL 1.16.0, liger-kernel 0.8.5,
+cut-cross-entropy 25.1.1, verl 0.9.1, quack-kernels 0.6.5 and flash-attn 2.8.3. Where the GPU part below says "not
+measured", they have not been run.
+
+The whole step: `bench/step.py` writes out the authors' way, one candidate at a time, with full logits, and with one
+scoring forward and one training forward each. Both sides take the same prompts, tokens and answer spans, and the same
+AdamW step. Rollout is not part of it.
 """
 
 

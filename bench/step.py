@@ -24,12 +24,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from gem.config.settings import OptimizerSettings, Scoring, SegaUpdate, TextSettings
 from gem.data.answers import AnswerSpans
 from gem.data.batches import CompletionBatch, collate
+from gem.model.forward import Policy
+from gem.model.load import load_model_config
 from gem.rollout.sample import Rollout
-from gem.scoring.score import Scoring, score_rollout
+from gem.scoring.score import score_rollout
 from gem.update.optimizer import Trainer
-from gem.update.sega import SegaUpdate, sega_step
+from gem.update.sega import sega_step
 from gem_kernels import reference
 
 PROMPTS, GROUP = 1, 4
@@ -80,11 +83,11 @@ def step_inputs(device: torch.device) -> StepInputs:
 
 def smollm2(device: torch.device):
     from gem.demo.run import demo_model
-    from gem.model.load import find_model, load_config, load_model, load_tokenizer
+    from gem.model.load import find_model, load_model, load_tokenizer
 
     source = find_model(demo_model())
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return load_model(source, load_config(source), dtype, str(device)), load_tokenizer(source)
+    return load_model(source, load_model_config(source), dtype, str(device)), load_tokenizer(source)
 
 
 def small_llama(device: torch.device):
@@ -98,11 +101,11 @@ def small_llama(device: torch.device):
 
 
 def written_answers(tokenizer) -> tuple[list, list]:
-    from gem.data.prompts import prompt_format
+    from gem.data.prompts import text_format
     from gem.demo.arithmetic import arithmetic_pairs
 
     pairs = arithmetic_pairs(PROMPTS * (GROUP - 1), 0)
-    style = prompt_format(tokenizer, "")
+    style = text_format(tokenizer, TextSettings(system_prompt=""))
     prompts = [style.prompt_ids(pair["prompt"]) for pair in pairs[:PROMPTS]]
     completions = []
     for i in range(PROMPTS):
@@ -126,15 +129,16 @@ class KeepingTrainer(Trainer):
         return super().step()
 
 
-def new_trainer(model) -> KeepingTrainer:
+def new_trainer(model, micro_batch: int = PROMPTS) -> KeepingTrainer:
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    return KeepingTrainer(model, accelerator, learning_rate=0.0, total_steps=1000)
+    settings = OptimizerSettings(micro_batch_size=micro_batch)
+    return KeepingTrainer(Policy(model), accelerator, settings, learning_rate=0.0, total_steps=1000)
 
 
 def gem_step(trainer: KeepingTrainer, inputs: StepInputs) -> Tensor:
     """-> the scores [B]."""
-    scored = score_rollout(trainer.model, inputs.rollout, Scoring(), batch_size=PROMPTS)
-    sega_step(trainer, scored, SegaUpdate(micro_batch_size=PROMPTS))
+    scored = score_rollout(trainer.policy, inputs.rollout, Scoring(), batch_size=PROMPTS)
+    sega_step(trainer, scored, SegaUpdate())
     return scored.scores.score
 
 

@@ -14,6 +14,7 @@ before it (the model, its gradients and AdamW's moments stand).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -21,11 +22,12 @@ import torch
 
 from bench import measure
 from bench.step import GROUP, KeepingTrainer, authors_step, new_trainer, smollm2
-from gem.data.prompts import prompt_format
+from gem.config.settings import Sampling, Scoring, SegaUpdate, TextSettings
+from gem.data.prompts import TextFormat, text_format
 from gem.demo.arithmetic import arithmetic_pairs
-from gem.rollout.sample import Rollout, Sampling, given_completions, roll_out
-from gem.scoring.score import Scoring, score_rollout
-from gem.update.sega import SegaUpdate, sega_step
+from gem.rollout.sample import Rollout, given_completions, roll_out
+from gem.scoring.score import score_rollout
+from gem.update.sega import sega_step
 
 Prompts = Sequence[Sequence[int]]
 
@@ -51,22 +53,25 @@ def authors(trainer: KeepingTrainer, tokenizer, prompts: Prompts, tokens: int, m
     authors_step(trainer, _Inputs(answered(tokenizer, prompts, completions)))
 
 
+def endless(tokenizer) -> TextFormat:
+    """A completion ends where it is long enough, and nowhere else."""
+    return dataclasses.replace(text_format(tokenizer, TextSettings()), end_tokens=())
+
+
 def answered(tokenizer, prompts: Prompts, completions: Prompts) -> Rollout:
     """With the last fifth of each completion as its answer: without an end, few have one."""
-    rollout = given_completions(tokenizer, prompts, completions, end_token_ids=(), marker="Final Answer:")
+    rollout = given_completions(endless(tokenizer), prompts, completions)
     lengths = rollout.batch.lengths
     rollout.spans.answer_start.copy_(lengths - lengths // 5)
     return rollout
 
 
 def gem(trainer: KeepingTrainer, tokenizer, prompts: Prompts, tokens: int, micro_batch: int) -> None:
-    sampling = Sampling(GROUP, tokens)
-    rollout = roll_out(
-        trainer.model, tokenizer, prompts, sampling, end_token_ids=(), marker="Final Answer:", seed=0,
-        batch_size=16, stats_temperature=1.0,
-    )  # fmt: skip
-    scored = score_rollout(trainer.model, rollout, Scoring(), batch_size=micro_batch)
-    sega_step(trainer, scored, SegaUpdate(micro_batch_size=micro_batch))
+    sampling = Sampling(num_generations=GROUP, max_completion_length=tokens)
+    form = endless(tokenizer)
+    rollout = roll_out(trainer.policy, form, prompts, sampling, seed=0, batch_size=16, stats_temperature=1.0)
+    scored = score_rollout(trainer.policy, rollout, Scoring(), batch_size=micro_batch)
+    sega_step(trainer, scored, SegaUpdate())
 
 
 WAYS: dict[str, Callable] = {"authors' way": authors, "gem": gem}
@@ -82,9 +87,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     model, tokenizer = smollm2(device)
-    style = prompt_format(tokenizer, "")
+    style = text_format(tokenizer, TextSettings(system_prompt=""))
     prompts = [style.prompt_ids(pair["prompt"]) for pair in arithmetic_pairs(args.prompts, 0)]
-    trainer = new_trainer(model)
+    trainer = new_trainer(model, args.micro_batch)
     steps = {
         name: lambda way=way: way(trainer, tokenizer, prompts, args.tokens, args.micro_batch)
         for name, way in WAYS.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make preference pairs.")
 app.add_typer(data_app, name="data")
@@ -39,6 +42,25 @@ Marker = Annotated[str, typer.Option(help="What stands before the final answer."
 Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        print(f"gem-kernels {metadata.version('gem-kernels')}")
+    except metadata.PackageNotFoundError:
+        raise UserError("--version: gem-kernels is not installed here; run pip install -e . first") from None
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(
@@ -99,10 +121,9 @@ def score_command(
 
     Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
+    from gem.config.settings import Sampling, Scoring
     from gem.evaluation.score_file import load_score_rows, score_given, score_sampled
     from gem.progress import progress
-    from gem.rollout.sample import Sampling
-    from gem.scoring.score import Scoring
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -110,23 +131,24 @@ def score_command(
         raise UserError(f"--out: {out} exists; name a new file or remove it first")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out: the directory {out.parent} does not exist")
-    columns = (prompt_column, chosen_column, rejected_column, answer_column)
-    options = _pair_options(columns, answer_span, answer_marker, skip_bad, max_completion_length if sample else 0)
+    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
     console = Console(stderr=True)
-    source, form, context = _open(model, system_prompt, console)
+    source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
+    room = max_completion_length if sample else None
     rows, report = load_score_rows(
-        data, form, context, options, completion_column=completion_column, sample=sample > 0, split=split
+        data, form, context, settings, completion_column=completion_column, split=split, room=room
     )
     _show(report, console)
-    loaded, ends = _load(source, form, device)
+    policy, form = _load(source, form, device)
     scoring = Scoring(fork_weight=fork_weight, top_m=top_m)
     with progress(console, "Scoring", len(rows)) as bar:
-        common = {"end_token_ids": ends, "marker": options.finders, "batch_size": batch_size, "progress": bar}
         if sample:
-            sampling = Sampling(sample, max_completion_length, temperature)
-            results = score_sampled(loaded, form, rows, scoring, sampling, seed=seed, **common)
+            sampling = Sampling(
+                num_generations=sample, max_completion_length=max_completion_length, temperature=temperature
+            )
+            results = score_sampled(policy, form, rows, scoring, sampling, batch_size=batch_size, seed=seed, bar=bar)
         else:
-            results = score_given(loaded, form, rows, scoring, **common)
+            results = score_given(policy, form, rows, scoring, batch_size=batch_size, bar=bar)
         _write_rows(results, out)
 
 
@@ -159,41 +181,46 @@ def evaluate_command(
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
+    from gem.config.settings import EvaluationSettings, Sampling, Scoring
     from gem.data.pairs import load_pairs
     from gem.evaluation.evaluate import evaluate
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.rollout.sample import Sampling
-    from gem.scoring.score import Scoring
+    from gem.model.forward import pair_logprobs
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
     if reduction == "relative" and reference is None:
         raise UserError("--reduction relative: name the model to compare with by --reference")
-    columns = (prompt_column, chosen_column, rejected_column, answer_column)
-    room = max_completion_length if generate or sample else 0
-    options = _pair_options(columns, answer_span, answer_marker, skip_bad, room)
+    if not beta > 0:
+        raise UserError(f"--beta: expected more than 0, got {beta}")
+    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
     console = Console(stderr=True)
-    source, form, context = _open(model, system_prompt, console)
-    pairs, report = load_pairs(data, form, context, options, split)
+    text = _text_settings(system_prompt, answer_span, answer_marker)
+    source, form, context = _open(model, text, console)
+    room = max_completion_length if generate or sample else 0
+    pairs, report = load_pairs(data, form, context, settings, split, room=room)
     _show(report, console)
-    start = None if reference is None else _reference_logprobs(reference, form, pairs, batch_size, device, console)
-    loaded, ends = _load(source, form, device)
+    start = None
+    if reference is not None:
+        other, other_form, _ = _open(reference, text, console)
+        if other_form.tokenizer.get_vocab() != form.tokenizer.get_vocab():
+            raise UserError(
+                f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from"
+            )
+        start = pair_logprobs(_load(other, form, device)[0], pairs, pad_id=form.pad_id, batch_size=batch_size)
+    policy, form = _load(source, form, device)
     result = evaluate(
-        loaded,
-        form.tokenizer,
+        policy,
+        form,
         pairs,
-        sampling=Sampling(num_generations, max_completion_length),
-        scoring=Scoring(),
-        end_token_ids=ends,
-        marker=options.finders,
-        batch_size=batch_size,
-        reduction=reduction,
-        num_generate=generate,
-        num_sample=sample,
-        seed=seed,
+        EvaluationSettings(
+            eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
+        ),
+        Sampling(num_generations=num_generations, max_completion_length=max_completion_length),
+        Scoring(),
         console=console,
         name=Path(data).name,
-        beta=beta,
+        reduction=reduction,
         reference=start,
     )
     if as_json:
@@ -268,48 +295,42 @@ def main() -> None:
         sys.exit(130)
 
 
-def _pair_options(columns: tuple[str, ...], answer_span: str, marker: str, skip_bad: bool, room: int):
+def _row_settings(prompt: str, chosen: str, rejected: str, answer: str, skip_bad: bool):
     """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
-    from gem.data.answers import answer_finders
-    from gem.data.pairs import PairOptions
-    from gem.data.sources import RowPolicy
+    from gem.config.settings import RowSettings
 
-    names = [answer_span] if answer_span.startswith("regex:") else answer_span.split(",")
-    finders = answer_finders([name.strip() for name in names], marker)
-    policy = RowPolicy("skip", "keep", "skip") if skip_bad else RowPolicy("error", "keep", "error")
-    return PairOptions(*columns, policy=policy, max_completion_length=room, finders=finders, marker=marker)
+    bad = "skip" if skip_bad else "error"
+    return RowSettings(
+        prompt_column=prompt, chosen_column=chosen, rejected_column=rejected, answer_column=answer,
+        bad_rows=bad, duplicate_rows="keep", overlong_rows=bad,
+    )  # fmt: skip
 
 
-def _open(model: str, system_prompt: str, console: Console):
-    """(source, prompt format, context length) of a model, without its weights."""
-    from gem.data.prompts import prompt_format
-    from gem.model import load as models
+def _text_settings(system_prompt: str, answer_span: str, answer_marker: str):
+    from gem.config.settings import TextSettings
 
-    source = models.find_model(model)
+    return TextSettings(system_prompt=system_prompt, answer_span=answer_span, answer_marker=answer_marker)
+
+
+def _open(model: str, text, console: Console):
+    """(source, text format, context length) of a model, without its weights."""
+    from gem.data.prompts import text_format
+    from gem.model import load
+
+    source = load.find_model(model)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form = prompt_format(models.load_tokenizer(source), system_prompt)
-    return source, form, models.context_length(models.load_config(source))
+    form = text_format(load.load_tokenizer(source), text)
+    return source, form, load.context_length(load.load_model_config(source))
 
 
 def _load(source, form, device: str):
-    """(model in fp32, the tokens that end an answer)."""
-    from gem.model import load as models
+    """(policy in fp32, its text format)."""
+    from gem.model import load
+    from gem.model.forward import Policy
 
-    loaded = models.load_model(source, models.load_config(source), "float32", device)
-    return loaded, models.end_token_ids(loaded, form.tokenizer, form.end_of_turn)
-
-
-def _reference_logprobs(reference: str, form, pairs, batch_size: int, device: str, console: Console):
-    """Log-probs of the pairs' answers under another model, which must have the same tokens."""
-    from gem.model import load as models
-    from gem.model.forward import pair_logprobs
-
-    source = models.find_model(reference)
-    if models.load_tokenizer(source).get_vocab() != form.tokenizer.get_vocab():
-        raise UserError(f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from")
-    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    loaded, _ = _load(source, form, device)
-    return pair_logprobs(loaded, pairs, pad_id=form.tokenizer.pad_token_id, batch_size=batch_size)
+    model = load.load_model(source, load.load_model_config(source), "float32", device)
+    ends = load.end_token_ids(model, form.tokenizer, form.end_of_turn)
+    return Policy(model), dataclasses.replace(form, end_tokens=ends)
 
 
 def _show(report, console: Console) -> None:

@@ -16,7 +16,7 @@ from gem.parallel import processes
 _LINE_SECONDS = 30.0
 
 
-class Progress:
+class Bar:
     """Counts one piece of work; `advance` is called as parts of it are done, `note` adds a few words."""
 
     def __init__(self, console: Console, what: str, total: int, bar: RichProgress | None) -> None:
@@ -50,10 +50,10 @@ class Progress:
 
 
 @contextmanager
-def progress(console: Console, what: str, total: int) -> Iterator[Progress]:
+def progress(console: Console, what: str, total: int) -> Iterator[Bar]:
     """`with progress(console, "SFT", 10) as bar: ... bar.advance()`."""
     if not console.is_terminal:
-        counter = Progress(console, what, total, None)
+        counter = Bar(console, what, total, None)
         yield counter
         counter.finish()
         return
@@ -62,10 +62,10 @@ def progress(console: Console, what: str, total: int) -> Iterator[Progress]:
         TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
     )  # fmt: skip
     with RichProgress(*columns, console=console) as bar:
-        yield Progress(console, what, total, bar)
+        yield Bar(console, what, total, bar)
 
 
-def advance(progress: Progress | None, done: int) -> None:
+def advance(bar: Bar | None, done: int) -> None:
     """Of work that the processes share: each does about as much as this one."""
-    if progress is not None:
-        progress.advance(done * processes.world_size())
+    if bar is not None:
+        bar.advance(done * processes.world_size())

@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 from gem.config.settings import TrainConfig
-from gem.data.answers import decode
 from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation, evaluate
 from gem.evaluation.report import evaluation_metrics, evaluation_table
 from gem.parallel import processes
 from gem.progress import progress
 from gem.run import checkpoint
-from gem.run.safeguards import watch
-from gem.run.session import Progress, Session, prepare, save
-from gem.run.stages import Stage, planned_stages, sampling, scoring
+from gem.run.guards import Guards, watch
+from gem.run.metrics import step_metrics
+from gem.run.session import RunState, Session, prepare, save
+from gem.run.stages import Stage, planned_stages
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
 
 
-def run_stages(session: Session, state: Progress, clock: Clock) -> Path:
+def run_stages(session: Session, state: RunState, clock: Clock) -> Path:
     """All that is left of a run; the directory of the model that comes out."""
     if "start" not in state.evaluations:
         state.evaluations["start"] = run_evaluation(session, state, "start")
@@ -61,70 +61,65 @@ def run_stages(session: Session, state: Progress, clock: Clock) -> Path:
             state.evaluations[stage.name] = run_evaluation(session, state, stage.name)
             clock.lap("evaluation")
     model_dir = session.run_dir / "model"
-    weights = processes.whole_state_dict(session.model)
-    processes.on_main(lambda: checkpoint.save_model(session.model, session.tokenizer, model_dir, weights))
+    model, tokenizer = session.policy.model, session.form.tokenizer
+    weights = processes.whole_state_dict(model)
+    processes.on_main(lambda: checkpoint.save_model(model, tokenizer, model_dir, weights))
     clock.lap("saving")
     return model_dir
 
 
-def run_stage(stage: Stage, session: Session, state: Progress) -> None:
+def run_stage(stage: Stage, session: Session, state: RunState) -> None:
     """All steps of a stage, or those that are left of it where the run is resumed within it."""
-    config = session.config
+    config, guards = session.config, Guards(session.config)
     if state.stage_state is not None and state.stage_state["name"] == stage.name:
         stage.load_state_dict(state.stage_state)
+        guards.load_state_dict(state.stage_state["guards"])
     else:
         state.stage, state.step = stage.name, 0
         stage.begin()
         if stage.is_objective:
-            watch(stage, session, state, {}, list(state.evaluations.values())[-1])
+            watch(guards, stage, state, {}, list(state.evaluations.values())[-1])
     state.stage_state = None
     with progress(session.console, stage.name, stage.num_steps) as bar:
         bar.advance(state.step)
         while state.step < stage.num_steps:
             start = time.monotonic()
-            taken = stage.take_step(state.step)
+            result = stage.take_step(state.step)
             state.step += 1
             state.total_steps += 1
-            row = {"stage": stage.name, "step": state.step, **taken.metrics, "step_time": time.monotonic() - start}
+            row = {"stage": stage.name, "step": state.step, **step_metrics(result)}
+            row["step_time"] = time.monotonic() - start
             session.tracker.write(row, state.total_steps)
             if stage.trainer.bad_steps >= config.max_bad_steps:
                 raise UserError(
                     f"{stage.name}, step {state.step}: the loss or gradient was not finite {stage.trainer.bad_steps} "
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
-            if taken.scored is not None and is_due(config.log_completions_steps, state.step):
-                prompts = decode(session.tokenizer, taken.prompts)
-                session.tracker.samples(taken.scored, prompts, state.step)
+            if result.scored is not None and is_due(config.log_completions_steps, state.step):
+                session.tracker.samples(result.scored, session.form.tokenizer, state.step)
             if stage.is_objective:
                 evaluation = None
                 if state.step < stage.num_steps and is_due(config.eval_steps, state.step):
                     evaluation = run_evaluation(session, state, f"{stage.name} {state.step}")
-                watch(stage, session, state, row, evaluation)
+                watch(guards, stage, state, row, evaluation)
             if is_due(config.save_steps, state.total_steps) or (config.save_steps and state.step == stage.num_steps):
-                save(session, state, stage.state_dict())
-            bar.note(taken.note)
+                save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
+            bar.note(result.note)
             bar.advance()
 
 
-def run_evaluation(session: Session, state: Progress, name: str) -> Evaluation:
+def run_evaluation(session: Session, state: RunState, name: str) -> Evaluation:
     """Evaluates the model as it is, on the same prompts and seed every time, and writes what came to the metrics."""
     config, start = session.config, state.evaluations.get("start")
     result = evaluate(
-        session.model,
-        session.tokenizer,
+        session.policy,
+        session.form,
         session.eval_pairs,
-        sampling=sampling(config),
-        scoring=scoring(config),
-        end_token_ids=session.end_tokens,
-        marker=session.finders,
-        batch_size=config.eval_batch_size,
-        reduction=config.preference_reduction,
-        num_generate=config.eval_generate,
-        num_sample=config.eval_sample,
-        seed=config.seed,
+        settings=config,
+        sampling=config,
+        scoring=config,
         console=session.console,
         name=name,
-        beta=config.dpo_beta,
         reference=None if start is None else start.logprobs,
     )
     session.tracker.write({"stage": "eval", "after": name, **evaluation_metrics(result)}, state.total_steps)

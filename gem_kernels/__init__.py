@@ -21,12 +21,7 @@ from .linear.sega_loss import fused_linear_sega_loss
 from .linear.stats import fused_linear_entropy_score, linear_token_stats
 from .logit_stats import token_stats
 from .losses import sega_loss
-from .scores import (
-    completion_features,
-    entropy_scores,
-    fused_entropy_score,
-    group_advantages,
-)
+from .scores import completion_features, entropy_scores, fused_entropy_score, group_advantages
 from .types import (
     CompletionFeatures,
     EntropyScoreOutput,
@@ -35,6 +30,7 @@ from .types import (
     PolicyLossOutput,
     SegaOutput,
     TokenStats,
+    VocabParallel,
 )
 
 __all__ = [
@@ -45,6 +41,7 @@ __all__ = [
     "PolicyLossOutput",
     "SegaOutput",
     "TokenStats",
+    "VocabParallel",
     "completion_features",
     "entropy_scores",
     "fused_entropy_score",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import arguments
 from .backends.rows import check_values, row_view, rows_backward, rows_forward
+from .backends.types import RowGradients, RowOptions
 from .types import TokenStats
 
 
@@ -21,7 +22,15 @@ def _gradient_like(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-# The operators. Optional[...] is spelled out because torch.library infers their schema from the annotations.
+# The operators, whose arguments are flat. Optional[...] is spelled out where torch.library infers the schema from it.
+
+
+def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-> rows [R1, R2, V], a copy only where no view will do, and targets [N] int64."""
+    rows = row_view(logits)
+    if rows is None:
+        rows = row_view(logits.contiguous())
+    return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 
 @torch.library.custom_op("gem_kernels::row_stats", mutates_args=())
@@ -36,127 +45,78 @@ def row_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32."""
-    check_values(targets, temperatures, ignore_index, logits.shape[-1])
-    rows = row_view(logits)
-    if rows is None:
-        rows = row_view(logits.contiguous())
-    flat = targets.reshape(-1).to(torch.int64).contiguous()
-    out = rows_forward(rows, flat, temperature, temperatures, softcap, ignore_index, backend)
+    options = RowOptions(temperature, temperatures, softcap, ignore_index, backend)
+    check_values(targets, options, logits.shape[-1])
+    out = rows_forward(*_flat_rows(logits, targets), options)
     # Four results of their own: an operator may not return views of one buffer.
     return tuple(x.reshape(targets.shape).clone() for x in out)
 
 
 @row_stats_op.register_fake
-def _(logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend):
+def _(logits, targets, *args):
     return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
 
 
-def _backward_into(
-    grad, logits, targets, temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend
-):
-    rows = row_view(logits)
-    if rows is None:
-        rows = row_view(logits.contiguous())
-    flat = targets.reshape(-1).to(torch.int64).contiguous()
-    stats = [x.reshape(-1).contiguous() for x in (row_max, log_sum, entropy, a, b)]
-    rows_backward(row_view(grad), rows, flat, temperature, temperatures, softcap, ignore_index, stats, backend)
+# The two backward operators take the same: a RowOptions and a RowGradients.
+AFTER_LOGITS = (
+    "Tensor targets, float temperature, Tensor? temperatures, float? softcap, SymInt ignore_index, "
+    "Tensor row_max, Tensor log_sum, Tensor entropy, Tensor grad_logprobs, Tensor grad_entropy, str backend"
+)
 
 
-@torch.library.custom_op("gem_kernels::row_stats_backward", mutates_args=())
-def row_stats_backward_op(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    temperatures: Optional[Tensor],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    ignore_index: int,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    backend: str,
-) -> Tensor:
+def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat) -> None:
+    """dL/dlogits to `grad`, which may be `logits`."""
+    *options, row_max, log_sum, entropy, a, b, backend = flat
+    vectors = RowGradients(*(x.reshape(-1).contiguous() for x in (entropy, row_max, log_sum, a, b)))
+    rows_backward(row_view(grad), *_flat_rows(logits, targets), RowOptions(*options, backend), vectors)
+
+
+@torch.library.custom_op(
+    "gem_kernels::row_stats_backward", mutates_args=(), schema=f"(Tensor logits, {AFTER_LOGITS}) -> Tensor"
+)
+def row_stats_backward_op(logits, *after):
     """dL/dlogits [..., V] in the dtype of `logits`."""
     grad = _gradient_like(logits)
-    _backward_into(
-        grad,
-        logits,
-        targets,
-        temperature,
-        temperatures,
-        softcap,
-        ignore_index,
-        row_max,
-        log_sum,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        backend,
-    )
+    _write_gradient(grad, logits, *after)
     return grad
 
 
 @row_stats_backward_op.register_fake
-def _(logits, *args):
+def _(logits, *after):
     return _gradient_like(logits)
 
 
-@torch.library.custom_op("gem_kernels::row_stats_backward_", mutates_args={"logits"})
-def row_stats_backward_inplace_op(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    temperatures: Optional[Tensor],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    ignore_index: int,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    backend: str,
-) -> None:
+@torch.library.custom_op(
+    "gem_kernels::row_stats_backward_", mutates_args={"logits"}, schema=f"(Tensor(a!) logits, {AFTER_LOGITS}) -> ()"
+)
+def row_stats_backward_inplace_op(logits, *after):
     """Writes dL/dlogits over `logits`."""
-    _backward_into(
-        logits,
-        logits,
-        targets,
-        temperature,
-        temperatures,
-        softcap,
-        ignore_index,
-        row_max,
-        log_sum,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        backend,
-    )
+    _write_gradient(logits, logits, *after)
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend = inputs
     _, entropy, row_max, log_sum = output
     ctx.save_for_backward(logits, targets, temperatures, row_max, log_sum, entropy)
-    ctx.options = (temperature, softcap, ignore_index, inplace_backward, backend)
+    ctx.numbers = (temperature, softcap, ignore_index, backend)
+    ctx.inplace_backward = inplace_backward
     ctx.mark_non_differentiable(row_max, log_sum)
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
-    logits, targets, temperatures, row_max, log_sum, entropy = ctx.saved_tensors
-    temperature, softcap, ignore_index, inplace_backward, backend = ctx.options
-    zeros = torch.zeros_like(entropy)
+    logits, targets, temperatures, *stats = ctx.saved_tensors
+    temperature, softcap, ignore_index, backend = ctx.numbers
+    zeros = torch.zeros_like(stats[2])
     a = zeros if grad_logprobs is None else grad_logprobs
     b = zeros if grad_entropy is None else grad_entropy
-    args = (targets, temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend)
-    if inplace_backward and not torch.compiler.is_compiling():
+    after = (targets, temperature, temperatures, softcap, ignore_index, *stats, a, b, backend)
+    if ctx.inplace_backward and not torch.compiler.is_compiling():
         with torch.no_grad():
-            row_stats_backward_inplace_op(logits, *args)
+            row_stats_backward_inplace_op(logits, *after)
         # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
         grad = logits.detach()
     else:
-        grad = row_stats_backward_op(logits, *args)
+        grad = row_stats_backward_op(logits, *after)
     return grad, None, None, None, None, None, None, None
 
 
@@ -211,7 +171,7 @@ def token_stats(
     Source: the token entropies of GEM (arXiv 2511.13007), Eq. 1; derivations in docs/math.md.
     """
     arguments.check_logits(logits, targets)
-    temperature, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
+    number, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
     arguments.check_ignore_index(ignore_index)
     arguments.check_flag("inplace_backward", inplace_backward)
@@ -219,6 +179,6 @@ def token_stats(
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
     backend = arguments.check_backend(backend, logits.device)
     logprobs, entropy, _, _ = row_stats_op(
-        logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend
+        logits, targets, number, temperatures, softcap, ignore_index, inplace_backward, backend
     )
     return TokenStats(logprobs, entropy)

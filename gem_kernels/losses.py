@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import arguments
 from .logit_stats import token_stats
-from .scores import counted_targets, entropy_scores, group_advantages
-from .types import SegaOutput
+from .scores import Spans, completion_scores, counted_targets, group_advantages
+from .types import LinearScore, SegaOutput
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 
@@ -103,6 +103,7 @@ def sega_loss(
     denominator: float | Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> SegaOutput:
     """Self-evaluated group advantage loss, from logits.
 
@@ -120,7 +121,7 @@ def sega_loss(
     Args:
         logits, targets, completion_mask, cu_seqlens, temperature, softcap, ignore_index, inplace_backward, backend: as
             for `token_stats` and `entropy_scores`.
-        answer_start, group_size, fork_weight, top_m, no_answer, valid, mapping, scale, eps: as for
+        answer_start, group_size, score, fork_weight, top_m, no_answer, valid, mapping, scale, eps: as for
             `fused_entropy_score`. Needed only where `advantages` is not given, but for `valid`.
         advantages: [B]: use these, not the logits' own. Invalid sequences still count for nothing.
         denominator: Z. A step split into micro-batches passes the Z of the whole step, and the sum of the parts'
@@ -151,17 +152,8 @@ def sega_loss(
         backend=backend,
     )
     entropy = stats.entropy.detach()
-    scores = entropy_scores(
-        entropy,
-        completion_mask=completion_mask,
-        cu_seqlens=cu_seqlens,
-        answer_start=answer_start,
-        fork_weight=fork_weight,
-        top_m=top_m,
-        no_answer=no_answer,
-        valid=valid,
-        backend=backend,
-    )
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    scores = completion_scores(entropy, stats.logprobs, spans, fork_weight, score)
     if advantages is None:
         advantages = group_advantages(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import FEATURES, CompletionFeatures, EntropyScores, SegaOutput, TokenStats
+from .types import FEATURES, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -193,6 +193,7 @@ def sega_loss(
     loss_type: str = "sum",
     max_completion_length: int | None = None,
     denominator: float | Tensor | None = None,
+    score: LinearScore | None = None,
 ) -> SegaOutput:
     """L = -(1/Z) sum_i A_i c_i sum_t logprob_{i,t}, with everything but the log-probabilities held constant."""
     if completion_mask is not None:
@@ -215,16 +216,13 @@ def sega_loss(
     entropy = stats.entropy.detach()
     if answer_start is None:
         answer_start = torch.full((n_sequences,), -1, device=targets.device)
-    scores = entropy_scores(
-        entropy,
-        completion_mask=completion_mask,
-        cu_seqlens=cu_seqlens,
-        answer_start=answer_start,
-        fork_weight=fork_weight,
-        top_m=top_m,
-        no_answer=no_answer,
-        valid=valid,
-    )
+    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
+    options = {"top_m": top_m, "no_answer": no_answer, "valid": valid}
+    if score is None:
+        scores = entropy_scores(entropy, fork_weight=fork_weight, **layout, **options)
+    else:
+        x = completion_features(entropy, stats.logprobs.detach(), **layout, **options)
+        scores = EntropyScores(x.score(score), x.final_entropy, x.fork_entropy, x.valid)
     if advantages is None:
         advantages = group_advantages(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from . import arguments
 from .backends.cpu import span_scores as cpu
+from .backends.types import Completions, ScoreRule
 from .logit_stats import token_stats
-from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, TokenStats
+from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, LinearScore, TokenStats
 
 MAPPINGS = ("identity", "softmax", "rank")
 SCALES = ("none", "group")
@@ -40,15 +42,15 @@ def span_scores_op(
         steps = cu_seqlens[1:] - cu_seqlens[:-1]
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != entropy.shape[0] or bool((steps < 0).any()):
             arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
-    entropy = entropy.contiguous()
     logprobs = None if logprobs is None else logprobs.contiguous()
-    tokens = (entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid)
+    given = Completions(entropy.contiguous(), logprobs, completion_mask, cu_seqlens, answer_start, valid)
+    rule = ScoreRule(weights, top_numerator, top_denominator, exclude)
     if backend != "triton":
-        return cpu.span_scores(*tokens, weights, top_numerator, top_denominator, exclude, compiled=backend == "cpu")
+        return cpu.span_scores(given, rule, compiled=backend == "cpu")
 
     from .backends.triton import launch
 
-    return launch.span_scores(*tokens, weights, top_numerator, top_denominator, exclude)
+    return launch.span_scores(given, rule)
 
 
 @span_scores_op.register_fake
@@ -93,49 +95,73 @@ def completion_features(
         >>> x.score(LinearScore({"final_entropy": -1.0, "mean_logprob": 2.0}))
     """
     arguments.check_floating("logprobs", logprobs)
-    features, _, ok = _span_features(
-        entropy, logprobs, completion_mask, cu_seqlens, answer_start, None, top_m, no_answer, valid, backend
-    )
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    features, _, ok = _features_and_score(entropy, logprobs, spans, [0.0] * len(FEATURES))
     return CompletionFeatures(*features.unbind(0), ok)
 
 
-def _span_features(
-    entropy: Tensor,
-    logprobs: Tensor | None,
-    completion_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    answer_start: Tensor,
-    weights: Sequence[float] | None,
-    top_m: float | int,
-    no_answer: str,
-    valid: Tensor | None,
-    backend: str,
+@dataclass(frozen=True)
+class Spans:
+    """Where the completions and their answers are: arguments of the public functions, as they were given."""
+
+    completion_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    answer_start: Tensor
+    top_m: float | int = 0.1
+    no_answer: str = "tail"
+    valid: Tensor | None = None
+    backend: str = "auto"
+
+
+def _features_and_score(
+    entropy: Tensor, logprobs: Tensor | None, spans: Spans, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, with its arguments checked; no weights: a score of 0."""
+    """The operator, with its arguments checked."""
     arguments.check_floating("entropy", entropy)
-    B = arguments.check_layout(entropy, "entropy", completion_mask, cu_seqlens)
-    arguments.check_tensor(
-        "answer_start", answer_start, shape=(B,), dtypes=(torch.int64, torch.int32), device=entropy.device
-    )
+    device = entropy.device
+    B = arguments.check_layout(entropy, "entropy", spans.completion_mask, spans.cu_seqlens)
+    integers = (torch.int64, torch.int32)
+    arguments.check_tensor("answer_start", spans.answer_start, shape=(B,), dtypes=integers, device=device)
     if logprobs is not None:
-        arguments.check_tensor("logprobs", logprobs, shape=entropy.shape, device=entropy.device)
-    if valid is not None:
-        arguments.check_tensor("valid", valid, shape=(B,), dtypes=(torch.bool,), device=entropy.device)
-    numerator, denominator = arguments.top_fraction(top_m)
-    arguments.check_choice("no_answer", no_answer, NO_ANSWER)
+        arguments.check_tensor("logprobs", logprobs, shape=entropy.shape, device=device)
+    if spans.valid is not None:
+        arguments.check_tensor("valid", spans.valid, shape=(B,), dtypes=(torch.bool,), device=device)
+    numerator, denominator = arguments.top_fraction(spans.top_m)
+    arguments.check_choice("no_answer", spans.no_answer, NO_ANSWER)
     return span_scores_op(
         entropy.detach().float(),
         None if logprobs is None else logprobs.detach().float(),
-        completion_mask,
-        cu_seqlens,
-        answer_start,
-        valid,
-        [0.0] * len(FEATURES) if weights is None else list(weights),
+        spans.completion_mask,
+        spans.cu_seqlens,
+        spans.answer_start,
+        spans.valid,
+        list(weights),
         numerator,
         denominator,
-        no_answer == "exclude",
-        arguments.check_backend(backend, entropy.device),
+        spans.no_answer == "exclude",
+        arguments.check_backend(spans.backend, device),
     )
+
+
+def completion_scores(
+    entropy: Tensor, logprobs: Tensor, spans: Spans, fork_weight: float, score: LinearScore | None = None
+) -> EntropyScores:
+    """The paper's score, or where `score` is given that one, from both statistics. Checks all of its arguments."""
+    weights = score_weights(score, fork_weight)
+    features, values, ok = _features_and_score(entropy, None if score is None else logprobs, spans, weights)
+    return EntropyScores(values, features[0], features[1], ok)
+
+
+def score_weights(score: LinearScore | None, fork_weight: float) -> tuple[float, ...]:
+    """The weight of each of FEATURES, checked."""
+    arguments.check_number("fork_weight", fork_weight)
+    if score is None:
+        return (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
+    if not isinstance(score, LinearScore):
+        arguments.fail("score", "a LinearScore, or None for the paper's score", type(score).__name__)
+    if fork_weight != 1.0:
+        arguments.fail("fork_weight", "left out where `score` is given (it has a weight of its own)", fork_weight)
+    return score.coefficients
 
 
 def entropy_scores(
@@ -182,12 +208,8 @@ def entropy_scores(
 
     Source: GEM (arXiv 2511.13007), Eq. 1.
     """
-    arguments.check_number("fork_weight", fork_weight)
-    paper = (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
-    features, score, ok = _span_features(
-        entropy, None, completion_mask, cu_seqlens, answer_start, paper, top_m, no_answer, valid, backend
-    )
-    return EntropyScores(score, features[0], features[1], ok)
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    return completion_scores(entropy, entropy, spans, fork_weight)
 
 
 @torch.library.custom_op("gem_kernels::group_advantages", mutates_args=())
@@ -284,6 +306,7 @@ def fused_entropy_score(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> EntropyScoreOutput:
     """Logits -> log-probs, entropies, entropy scores and group advantages, from one read of the logits.
 
@@ -295,6 +318,7 @@ def fused_entropy_score(
         targets: [B, T] or [N].
         answer_start: [B].
         group_size: G; sequences of one prompt stand together.
+        score: a `LinearScore` of named features in place of the paper's score; `fork_weight` is then left out.
 
     Returns:
         EntropyScoreOutput: score, final_entropy, fork_entropy, valid, advantages [B]; logprobs and entropy shaped like
@@ -320,15 +344,13 @@ def fused_entropy_score(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
-    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return scored(stats, {**layout, **span}, group, backend)
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)
+    return with_advantages(stats, scores, group_size, mapping=mapping, scale=scale, eps=eps, backend=backend)
 
 
-def scored(stats: TokenStats, span: dict, group: dict, backend: str) -> EntropyScoreOutput:
-    scores = entropy_scores(stats.entropy, **span, backend=backend)
-    advantages = group_advantages(scores.score, **group, valid=scores.valid, backend=backend)
+def with_advantages(stats: TokenStats, scores: EntropyScores, group_size: int, **options: Any) -> EntropyScoreOutput:
+    advantages = group_advantages(scores.score, group_size, valid=scores.valid, **options)
     return EntropyScoreOutput(
         scores.score,
         scores.final_entropy,

@@ -1,4 +1,4 @@
-"""The result types of gem_kernels, and the letters its shapes are written in.
+"""The result types of gem_kernels, VocabParallel, and the letters its shapes are written in.
 
     N  token rows          V  vocabulary         D  hidden size
     P  prompts             G  candidates of one prompt
@@ -11,17 +11,13 @@ The types are pytrees, so they pass through torch.compile, torch.utils._pytree a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 FLOAT32_MAX = 3.4028234663852886e38
-NO_TARGET = -(2**62)
-"""A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
-Log-prob NaN, gradient without the term of its target. A shard of a vocabulary sees most targets so.
-"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class LinearScore:
     LinearScore({"final_entropy": -1.0, "fork_entropy": fork_weight}).
 
     Args:
-        weights: by feature name; finite, at least one of them not zero. Higher scores are better.
+        weights: by feature name, at least one; finite. Higher scores are better.
         scales: by feature name, finite and above 0; 1 where not given.
 
     Raises:
@@ -111,15 +107,19 @@ class LinearScore:
                 if not number or not abs(value) <= FLOAT32_MAX or (name == "scales" and value <= 0):
                     wanted = "finite numbers" + (" above 0" if name == "scales" else "")
                     raise ValueError(f"`{name}` must hold {wanted}, got {feature}: {value!r}")
-        if not any(self.weights.values()):
-            raise ValueError(f"`weights` must have a weight that is not 0, got {dict(self.weights)!r}")
+        if not self.weights:
+            raise ValueError("`weights` must name a feature, got none")
         if not all(abs(value) <= FLOAT32_MAX for value in self.coefficients):
             raise ValueError(f"`weights` over `scales` must fit float32, got {self.coefficients!r}")
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """weights[f] / scales[f], one for each of `FEATURES`; 0 for those without a weight."""
-        return tuple(float(self.weights.get(name, 0.0)) / float(self.scales.get(name, 1.0)) for name in FEATURES)
+        return tuple(self.coefficient(name) for name in FEATURES)
+
+    def coefficient(self, feature: str) -> float:
+        """weights[feature] / scales[feature]; 0 where it has no weight."""
+        return float(self.weights.get(feature, 0.0)) / float(self.scales.get(feature, 1.0))
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,30 @@ class PolicyLossOutput:
     """These three as in SegaOutput."""
     active_error: Tensor | None = None
     active_weight_error: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """A vocabulary in shards: the ranks of `process_group`, in order, hold the rows of the head's weight (and bias).
+
+    For the `vocab_parallel` of the linear functions. Shards may differ in size. Hidden states and targets (ids of the
+    whole vocabulary), like every other argument, are the same on all ranks, and all ranks make the same calls in the
+    same order, backward included. Results are the same on all ranks, to the bit. The gradient of `hidden` is that of
+    the whole vocabulary, on every rank; those of weight and bias are this shard's.
+
+    A call with gradients costs one all_gather of 4 numbers a row, and one all_reduce of the gradient of `hidden` a
+    chunk.
+
+    Example:
+        >>> parallel = VocabParallel(torch.distributed.group.WORLD)
+        >>> out = linear_token_stats(hidden, my_rows_of_the_weight, targets, vocab_parallel=parallel)
+    """
+
+    process_group: torch.distributed.ProcessGroup
+    """This rank is in it. A group of one: no shards."""
+    vocab_starts: Sequence[int] | None = None
+    """The first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange their sizes and
+    compare their arguments at the start of each call (on a GPU that waits for the device)."""
 
 
 for _type in (TokenStats, CompletionFeatures, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gem.config.settings import OptimizerSettings, TextSettings
+from gem.data.prompts import text_format
+from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.update.optimizer import StepOutcome, Trainer
+from gem.update.optimizer import StepResult, Trainer
 from tests import processes
 
 CHAT_TEMPLATE = (
@@ -95,13 +99,17 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-CPU = Accelerator(cpu=True)
+@functools.cache
+def cpu() -> Accelerator:
+    """Not made on import: a fork makes one of its own, from its own environment."""
+    return Accelerator(cpu=True)
 
 
 TOKENIZER = tiny_tokenizer()
 
 
 END = TOKENIZER.eos_token_id
+FORM = text_format(TOKENIZER, TextSettings())
 
 
 TEXTS = (
@@ -121,20 +129,25 @@ def encode(text):
 def rollout_of(num_prompts=4, size=2):
     prompts = [encode(f"question {i} " + "?" * i) for i in range(num_prompts)]
     rows = [(*encode(TEXTS[i % len(TEXTS)] + "!" * i), END) for i in range(num_prompts * size)]
-    return given_completions(TOKENIZER, prompts, rows, end_token_ids=[END], marker="Final Answer:")
+    return given_completions(FORM, prompts, rows)
+
+
+def trainer_of(model, *, learning_rate=1e-3, total_steps=1, **settings):
+    settings = OptimizerSettings(**settings)
+    return Trainer(Policy(model), cpu(), settings, learning_rate=learning_rate, total_steps=total_steps)
 
 
 class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
-    def __init__(self, model):
-        super().__init__(model, CPU, learning_rate=1e-3, total_steps=1)
+    def __init__(self, model, **settings):
+        super().__init__(Policy(model), cpu(), OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
         self.model.zero_grad()
         loss, self._loss = float(self._loss), None
-        return StepOutcome(loss, float(self.gradient.norm()), False)
+        return StepResult(loss, float(self.gradient.norm()), self.learning_rate)
 
 
 # An odd number of prompts and micro-batches: the processes' shares differ.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem.config.settings import TrainConfig
-from gem.data.answers import AnswerFinder, answer_finders, explicit_answer
+from gem.config.settings import RowSettings, TrainConfig
+from gem.data.answers import explicit_answer
 from gem.data.batches import TokenizedPair
-from gem.data.prompts import ROLES, Conversation, Prompt, PromptFormat
-from gem.data.sources import Row, RowPolicy, RowProblem, RowReport, answer_problem, read_rows, report, text_problem
+from gem.data.prompts import ROLES, Conversation, Prompt, TextFormat
+from gem.data.sources import Row, RowProblem, RowReport, answer_problem, read_rows, report, text_problem
 from gem.errors import UserError
 
 
@@ -26,56 +26,30 @@ class PreferencePair:
     where: str  # "file:line", or a dataset's row
 
 
-@dataclass(frozen=True)
-class PairOptions:
-    """How rows become pairs: names of columns, what is done about bad ones, and the form of SFT's answers."""
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    answer: str = "answer"
-    policy: RowPolicy = field(default_factory=RowPolicy)
-    max_completion_length: int = 0  # tokens that must fit the context after each prompt
-    finders: tuple[AnswerFinder, ...] = field(default_factory=lambda: answer_finders(["marker"]))
-    marker: str = "Final Answer:"
-    chain_of_thought: bool = True
-
-
-def pair_options(config: TrainConfig) -> PairOptions:
-    """Of a run; `UserError` where its answers could never be found."""
-    if not config.chain_of_thought and "marker" not in config.answer_span:
-        raise UserError("answer_span: expected marker among them: with chain_of_thought: false answers are marked")
-    return PairOptions(
-        prompt=config.prompt_column,
-        chosen=config.chosen_column,
-        rejected=config.rejected_column,
-        answer=config.answer_column,
-        policy=RowPolicy(config.bad_rows, config.duplicate_rows, config.overlong_rows),
-        max_completion_length=config.max_completion_length,
-        finders=answer_finders(config.answer_span, config.answer_marker),
-        marker=config.answer_marker,
-        chain_of_thought=config.chain_of_thought,
-    )
-
-
 def load_pairs(
-    source: str | Path, form: PromptFormat, context: int | None, options: PairOptions, split: str = "train"
+    source: str | Path,
+    form: TextFormat,
+    context: int | None,
+    settings: RowSettings,
+    split: str = "train",
+    *,
+    room: int = 0,
 ) -> tuple[list[TokenizedPair], RowReport]:
     """The pairs of a file or dataset as tokens, with the report of rows left out.
 
     Malformed, empty and duplicate rows, and rows that do not fit `context` tokens, are one report; `UserError` where
-    the policy refuses some, or no pair is left.
+    the settings refuse some, or no pair is left. room: tokens that must fit after each prompt whatever its answers.
     """
     rows = read_rows(source, split)
-    pairs, problems = parse_pairs(rows, options)
+    pairs, problems = parse_pairs(rows, settings)
     kept = []
     for pair in pairs:
-        tokens = tokenize_pair(pair, form, options)
-        if what := _overlong(tokens, context, options.max_completion_length):
+        tokens = tokenize_pair(pair, form)
+        if what := _overlong(tokens, context, room):
             problems.append(RowProblem(pair.where, "overlong", what))
         else:
             kept.append(tokens)
-    made = report(source, rows, problems, options.policy)
+    made = report(source, rows, problems, settings)
     if not kept:
         left = f": {made}" if rows else ""
         raise UserError(f"{source}: no pairs in it; each row needs prompt, chosen and rejected{left}")
@@ -83,46 +57,46 @@ def load_pairs(
 
 
 def load_run_pairs(
-    config: TrainConfig, form: PromptFormat, context: int | None
+    config: TrainConfig, form: TextFormat, context: int | None
 ) -> tuple[list[TokenizedPair], list[TokenizedPair], list[RowReport]]:
     """(train, held out, reports) of a run: the two sources, or one of which a share of the prompts is held out."""
-    options = pair_options(config)
-    train, made = load_pairs(config.train_file, form, context, options, config.train_split)
+    room = config.max_completion_length
+    train, made = load_pairs(config.train_file, form, context, config, config.train_split, room=room)
     if config.eval_file is None:
         return *split_pairs(train, config.eval_fraction, config.seed), [made]
-    held_out, other = load_pairs(config.eval_file, form, context, options, config.eval_split)
+    held_out, other = load_pairs(config.eval_file, form, context, config, config.eval_split, room=room)
     return train, held_out, [made, other]
 
 
-def parse_pairs(rows: Sequence[Row], options: PairOptions) -> tuple[list[PreferencePair], list[RowProblem]]:
+def parse_pairs(rows: Sequence[Row], settings: RowSettings) -> tuple[list[PreferencePair], list[RowProblem]]:
     """Rows as pairs; every malformed, empty or repeated one is a problem instead."""
     pairs: list[PreferencePair] = []
     problems: list[RowProblem] = []
     first: dict[tuple[Prompt, str, str], str] = {}
     for row in rows:
-        pair = row.values if isinstance(row.values, str) else _pair_or_problem(row, options)
+        pair = row.values if isinstance(row.values, str) else _pair_or_problem(row, settings)
         if isinstance(pair, str):
             problems.append(RowProblem(row.where, "bad", pair))
             continue
         stood = first.setdefault((pair.prompt, pair.chosen, pair.rejected), pair.where)
-        if stood != pair.where and options.policy.duplicate != "keep":
+        if stood != pair.where and settings.duplicate_rows != "keep":
             problems.append(RowProblem(row.where, "duplicate", f"the same pair stands at {stood}: delete one"))
             continue
         pairs.append(pair)
     return pairs, problems
 
 
-def tokenize_pair(pair: PreferencePair, form: PromptFormat, options: PairOptions) -> TokenizedPair:
+def tokenize_pair(pair: PreferencePair, form: TextFormat) -> TokenizedPair:
     return TokenizedPair(
         prompt_ids=form.prompt_ids(pair.prompt),
         chosen_ids=form.answer_ids(pair.chosen),
         rejected_ids=form.answer_ids(pair.rejected),
         answer=pair.answer,
-        sft_ids=form.answer_ids(sft_target(pair.chosen, pair.answer, options)),
+        sft_ids=form.answer_ids(sft_target(pair.chosen, pair.answer, form)),
     )
 
 
-def sft_target(chosen: str, answer: str | None, options: PairOptions) -> str:
+def sft_target(chosen: str, answer: str | None, form: TextFormat) -> str:
     """The chosen answer as SFT teaches it: with its final answer where the score will look for it.
 
     Only where `answer_span` looks for the marker, and nothing in the text points out its final answer (position, such
@@ -130,15 +104,15 @@ def sft_target(chosen: str, answer: str | None, options: PairOptions) -> str:
     the marker before the last line. Without chain of thought the target is the marked final answer alone: the one
     pointed out, else the known one, else the last line.
     """
-    found = explicit_answer(chosen, options.finders)
+    found = explicit_answer(chosen, form.finders)
     head, _, last = chosen.rstrip().rpartition("\n")
-    if not options.chain_of_thought:
-        return f"{options.marker} {found or answer or last.strip()}"
-    if found is not None or all(finder.name != "marker" for finder in options.finders):
+    if not form.chain_of_thought:
+        return f"{form.marker} {found or answer or last.strip()}"
+    if found is not None or all(finder.name != "marker" for finder in form.finders):
         return chosen
     if answer is not None:
-        return f"{chosen.rstrip()}\n{options.marker} {answer}"
-    return f"{head}\n{options.marker} {last.strip()}" if head else f"{options.marker} {last.strip()}"
+        return f"{chosen.rstrip()}\n{form.marker} {answer}"
+    return f"{head}\n{form.marker} {last.strip()}" if head else f"{form.marker} {last.strip()}"
 
 
 def _overlong(pair: TokenizedPair, context: int | None, max_completion_length: int) -> str | None:
@@ -168,47 +142,49 @@ def split_pairs(
 
 
 def answers_from_row(
-    row: Row, names: Sequence[str], options: PairOptions
+    row: Row, names: Sequence[str], settings: RowSettings
 ) -> tuple[Prompt, list[str], str | None] | str:
     """(prompt, the answer in each of the columns `names`, the known final answer), or what is wrong with the row."""
     answers: list[str | Conversation] = []
     for name in names:
         if name not in row.values:
-            return _missing(name, options)
+            return _missing(name, settings)
         parsed = _text_or_messages(name, row.values[name])
         if isinstance(parsed, _Wrong):
             return parsed.what
         answers.append(parsed)
-    prompt = _text_or_messages(options.prompt, row.values[options.prompt]) if options.prompt in row.values else None
+    name = settings.prompt_column
+    prompt = _text_or_messages(name, row.values[name]) if name in row.values else None
     if isinstance(prompt, _Wrong):
         return prompt.what
     chats = [answer for answer in answers if not isinstance(answer, str)]
     if chats and len(chats) < len(answers):
         return f"{_quoted(names)} must all be text or all be messages: change one"
     if chats:
-        split = _split_chats(prompt, chats, names, options)
+        split = _split_chats(prompt, chats, names, settings)
         if isinstance(split, str):
             return split
         prompt, answers = split
     if prompt is None:
-        return _missing(options.prompt, options)
+        return _missing(settings.prompt_column, settings)
     if not isinstance(prompt, str) and prompt[-1][0] not in ("user", "tool"):
-        return f'"{options.prompt}" must end with a message of the user, it ends with one of "{prompt[-1][0]}"'
-    answer = row.values.get(options.answer)
+        return f'"{settings.prompt_column}" must end with a message of the user, it ends with one of "{prompt[-1][0]}"'
+    answer = row.values.get(settings.answer_column)
     if isinstance(answer, float) and math.isnan(answer):  # how tables of numbers spell a missing one
         answer = None
-    if problem := answer_problem(options.answer, answer):
+    if problem := answer_problem(settings.answer_column, answer):
         return problem
     return prompt, answers, None if answer is None else str(answer)
 
 
-def _pair_or_problem(row: Row, options: PairOptions) -> PreferencePair | str:
-    found = answers_from_row(row, (options.chosen, options.rejected), options)
+def _pair_or_problem(row: Row, settings: RowSettings) -> PreferencePair | str:
+    names = (settings.chosen_column, settings.rejected_column)
+    found = answers_from_row(row, names, settings)
     if isinstance(found, str):
         return found
     prompt, (chosen, rejected), answer = found
     if chosen == rejected:
-        return f'"{options.chosen}" and "{options.rejected}" are the same text: change one or delete this line'
+        return f"{_quoted(names)} are the same text: change one or delete this line"
     return PreferencePair(prompt, chosen, rejected, answer, row.where)
 
 
@@ -217,8 +193,8 @@ class _Wrong:
     what: str
 
 
-def _missing(name: str, options: PairOptions) -> str:
-    needed = f'"{options.prompt}", "{options.chosen}" and "{options.rejected}"'
+def _missing(name: str, settings: RowSettings) -> str:
+    needed = f'"{settings.prompt_column}", "{settings.chosen_column}" and "{settings.rejected_column}"'
     return f'the key "{name}" is missing: each line needs {needed}; other names are set by --prompt-column and so on'
 
 
@@ -242,7 +218,7 @@ def _text_or_messages(name: str, value: Any) -> str | Conversation | _Wrong:
 
 
 def _split_chats(
-    prompt: Prompt | None, chats: Sequence[Conversation], names: Sequence[str], options: PairOptions
+    prompt: Prompt | None, chats: Sequence[Conversation], names: Sequence[str], settings: RowSettings
 ) -> tuple[Prompt | None, list[str]] | str:
     """(prompt, the text of each answer) of answers given as messages, or what is wrong with them.
 
@@ -253,7 +229,7 @@ def _split_chats(
     while shared < min(map(len, chats)) - 1 and len({chat[shared] for chat in chats}) == 1:
         shared += 1
     if shared and not isinstance(prompt, str | None) and prompt != chats[0][:shared]:
-        return f'{_quoted(names)} begin with other messages than "{options.prompt}" has: correct one'
+        return f'{_quoted(names)} begin with other messages than "{settings.prompt_column}" has: correct one'
     for name, messages in zip(names, chats):
         if len(messages) != shared + 1 or messages[-1][0] != "assistant":
             return f'"{name}" must be one message of the assistant, after those that all answers share: correct it'

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from gem.config.settings import DIRECT_SYSTEM_PROMPT, TrainConfig
+from gem.config.settings import DIRECT_SYSTEM_PROMPT, TextSettings
+from gem.data.answers import AnswerFinder, answer_finders
 from gem.errors import UserError
 
 # (role, content) of each message. A prompt is one question or the messages of a chat up to the answer.
@@ -16,12 +17,20 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class PromptFormat:
-    """How a question becomes the model's prompt, and which token ends an answer."""
+class TextFormat:
+    """How a question becomes the model's prompt, which tokens end an answer, and where a final answer is in a text."""
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str
-    end_of_turn: int
+    end_of_turn: int  # closes an answer that is given
+    end_tokens: tuple[int, ...]  # every one of these ends a completion
+    finders: tuple[AnswerFinder, ...]
+    marker: str = "Final Answer:"
+    chain_of_thought: bool = True
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of system prompt and question or chat, up to where the answer begins.
@@ -63,19 +72,26 @@ def _plain_chat(messages: Conversation) -> str:
     return "".join(f"{before[role]}{text}{after.get(role, chr(10))}" for role, text in messages) + "Answer:\n"
 
 
-def run_system_prompt(config: TrainConfig) -> str:
-    """The system prompt of a run; without chain of thought one that asks for the answer alone."""
-    return config.system_prompt if config.chain_of_thought else DIRECT_SYSTEM_PROMPT
+def text_format(tokenizer: PreTrainedTokenizerBase, settings: TextSettings) -> TextFormat:
+    """The format of this tokenizer: its chat template, or "Question: ... Answer:" where it has none.
 
-
-def prompt_format(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> PromptFormat:
-    """The format of this tokenizer: its chat template, or "Question: ... Answer:" where it has none."""
-    end_of_turn = _template_end_token(tokenizer)
-    if end_of_turn is None:
-        end_of_turn = tokenizer.eos_token_id
-    if end_of_turn is None:
+    Without chain of thought the system prompt is one that asks for the answer alone. A model may name more end tokens:
+    `gem.model.load.end_token_ids`.
+    """
+    end = _template_end_token(tokenizer)
+    if end is None:
+        end = tokenizer.eos_token_id
+    if end is None:
         raise UserError("model: its tokenizer names no end token (eos_token), so answers cannot be closed")
-    return PromptFormat(tokenizer, system_prompt, end_of_turn)
+    return TextFormat(
+        tokenizer,
+        settings.system_prompt if settings.chain_of_thought else DIRECT_SYSTEM_PROMPT,
+        end_of_turn=end,
+        end_tokens=(end,),
+        finders=answer_finders(settings.answer_span, settings.answer_marker),
+        marker=settings.answer_marker,
+        chain_of_thought=settings.chain_of_thought,
+    )
 
 
 def _template_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gem.config.settings import RowSettings
 from gem.errors import UserError
 
 # A report lists so many rows in full; of more it says how many.
@@ -34,26 +35,17 @@ class RowProblem:
 
 
 @dataclass(frozen=True)
-class RowPolicy:
-    """What is done about each kind of problem: "error" stops, "skip" leaves the row out (duplicates: "keep" too)."""
-
-    bad: str = "error"
-    duplicate: str = "skip"
-    overlong: str = "error"
-
-
-@dataclass(frozen=True)
 class RowReport:
     """All problems of one source, in the order of its rows."""
 
     source: str
     num_rows: int
     problems: tuple[RowProblem, ...]
-    policy: RowPolicy
+    settings: RowSettings
 
     def raise_refused(self) -> None:
-        """One `UserError` that lists every row whose kind of problem the policy does not let pass."""
-        refused = [p for p in self.problems if getattr(self.policy, p.kind) == "error"]
+        """One `UserError` that lists every row whose kind of problem the settings do not let pass."""
+        refused = [p for p in self.problems if getattr(self.settings, f"{p.kind}_rows") == "error"]
         if not refused:
             return
         if len(refused) == 1:
@@ -67,7 +59,7 @@ class RowReport:
 
     def counts(self) -> dict[str, int]:
         """How many rows were left out, by kind; kinds of which there are none are not in it."""
-        kinds = [p.kind for p in self.problems if getattr(self.policy, p.kind) == "skip"]
+        kinds = [p.kind for p in self.problems if getattr(self.settings, f"{p.kind}_rows") == "skip"]
         return {kind: kinds.count(kind) for kind in ("bad", "duplicate", "overlong") if kind in kinds}
 
     def __str__(self) -> str:
@@ -75,7 +67,7 @@ class RowReport:
         counts = self.counts()
         if not counts:
             return ""
-        first = next(p for p in self.problems if getattr(self.policy, p.kind) == "skip")
+        first = next(p for p in self.problems if getattr(self.settings, f"{p.kind}_rows") == "skip")
         parts = ", ".join(f"{number} {kind}" for kind, number in counts.items())
         return (
             f"{self.source}: left out {sum(counts.values())} of {self.num_rows} rows ({parts}); "
@@ -238,10 +230,10 @@ def answer_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def report(source: str | Path, rows: Sequence[Row], problems: Sequence[RowProblem], policy: RowPolicy) -> RowReport:
-    """The problems in the order of the rows, as a report that has let pass what the policy lets pass."""
+def report(source: str | Path, rows: Sequence[Row], problems: Sequence[RowProblem], settings: RowSettings) -> RowReport:
+    """The problems in the order of the rows, as a report that has let pass what the settings let pass."""
     place = {row.where: i for i, row in enumerate(rows)}
-    made = RowReport(str(source), len(rows), tuple(sorted(problems, key=lambda p: place[p.where])), policy)
+    made = RowReport(str(source), len(rows), tuple(sorted(problems, key=lambda p: place[p.where])), settings)
     made.raise_refused()
     return made
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gem.data.answers import AnswerFinder, answers_match
+from gem.config.settings import EvaluationSettings, Sampling, Scoring
+from gem.data.answers import answers_match
 from gem.data.batches import TokenizedPair
+from gem.data.prompts import TextFormat
 from gem.evaluation.statistics import (
     Calibration,
     Estimate,
@@ -24,10 +25,10 @@ from gem.evaluation.statistics import (
     mean_estimate,
     share_estimate,
 )
-from gem.model.forward import pair_logprobs
-from gem.progress import Progress, progress
-from gem.rollout.sample import Sampling, roll_out
-from gem.scoring.score import ScoredRollout, Scoring, score_rollout
+from gem.model.forward import Policy, pair_logprobs
+from gem.progress import progress
+from gem.rollout.sample import roll_out
+from gem.scoring.score import ScoredRollout, score_rollout
 
 
 @dataclass(frozen=True)
@@ -94,60 +95,54 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    form: TextFormat,
     pairs: Sequence[TokenizedPair],
-    *,
+    settings: EvaluationSettings,
     sampling: Sampling,
     scoring: Scoring,
-    end_token_ids: Sequence[int],
-    marker: Sequence[AnswerFinder] | str,
-    batch_size: int,
-    reduction: str,
-    num_generate: int,
-    num_sample: int,
-    seed: int,
+    *,
     console: Console,
     name: str,
-    beta: float = 0.1,
+    reduction: str | None = None,
     reference: Tensor | None = None,
 ) -> Evaluation:
-    """All of it. `num_generate` problems are answered greedily, candidates of `num_sample` prompts scored.
+    """All of it. `eval_generate` problems are answered greedily, candidates of `eval_sample` prompts scored.
 
-    reduction: "sum", "mean" or "relative"; the last needs `reference`, the `logprobs` of the starting policy on the
-    same pairs. beta: of the calibration.
+    reduction: "sum", "mean" or "relative"; None: `preference_reduction`. "relative" needs `reference`, the `logprobs`
+    of the starting policy on the same pairs.
     """
     start = time.monotonic()
-    problems = [pair for pair in pairs if pair.answer is not None][:num_generate]
-    sampled = pairs[:num_sample]
+    reduction, seed, size = reduction or settings.preference_reduction, settings.seed, settings.eval_batch_size
+    problems = [pair for pair in pairs if pair.answer is not None][: settings.eval_generate]
+    sampled = pairs[: settings.eval_sample]
     answers = candidates = outcomes = None
     with progress(console, f"Evaluation {name}", len(pairs) + len(problems) + 2 * len(sampled)) as bar:
-        logprobs = pair_logprobs(model, pairs, pad_id=tokenizer.pad_token_id, batch_size=batch_size, progress=bar)
+        logprobs = pair_logprobs(policy, pairs, pad_id=form.pad_id, batch_size=size, bar=bar)
         rewards = reward_differences(logprobs, pairs, reference)
         prompts = [pair.prompt_ids for pair in pairs]
         preferences = {kind: _preference(values, prompts, seed) for kind, values in rewards.items()}
         if problems:
             greedy = Sampling(num_generations=1, max_completion_length=sampling.max_completion_length, temperature=0.0)
-            rollout = roll_out(
-                model, tokenizer, [pair.prompt_ids for pair in problems], greedy, end_token_ids=end_token_ids,
-                marker=marker, seed=seed, batch_size=batch_size * sampling.num_generations, progress=bar,
-            )  # fmt: skip
+            asked = [pair.prompt_ids for pair in problems]
+            batch_size = size * sampling.num_generations
+            rollout = roll_out(policy, form, asked, greedy, seed=seed, batch_size=batch_size, bar=bar)
             right = [answers_match(given, pair.answer) for given, pair in zip(rollout.spans.answers, problems)]
-            share = share_estimate(torch.tensor(right), [pair.prompt_ids for pair in problems], seed)
+            share = share_estimate(torch.tensor(right), asked, seed)
             answers = AnswerAccuracy(share.value, share.low, share.high, share.count, rollout.spans.hit_rate)
         if sampled:
             rollout = roll_out(
-                model, tokenizer, [pair.prompt_ids for pair in sampled], sampling, end_token_ids=end_token_ids,
-                marker=marker, seed=seed, batch_size=batch_size, stats_temperature=scoring.temperature, progress=bar,
+                policy, form, [pair.prompt_ids for pair in sampled], sampling, seed=seed, batch_size=size,
+                stats_temperature=scoring.score_temperature, bar=bar,
             )  # fmt: skip
-            scored = score_rollout(model, rollout, scoring, batch_size=batch_size, progress=bar)
+            scored = score_rollout(policy, rollout, scoring, batch_size=size, bar=bar)
             candidates = summarize(scored)
             outcomes = sampled_answers(scored, sampled, seed)
         bar.note(f"preference accuracy {preferences[reduction].accuracy:.3f}")
     return Evaluation(
         preference=preferences[reduction],
         preferences=preferences,
-        calibration=calibration(rewards[reduction], beta, prompts, seed=seed),
+        calibration=calibration(rewards[reduction], settings.dpo_beta, prompts, seed=seed),
         answers=answers,
         candidates=candidates,
         sampled=outcomes,
@@ -193,21 +188,6 @@ def sampled_answers(scored: ScoredRollout, pairs: Sequence[TokenizedPair], seed:
         auroc=overall,
         auroc_within=within,
     )
-
-
-def preference_accuracy(
-    model: PreTrainedModel,
-    pairs: Sequence[TokenizedPair],
-    *,
-    pad_id: int,
-    reduction: str = "sum",
-    batch_size: int = 8,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> PreferenceAccuracy:
-    """How often the implicit reward prefers the chosen answer; `reduction` as in `reward_differences`."""
-    logprobs = pair_logprobs(model, pairs, pad_id=pad_id, batch_size=batch_size, progress=progress)
-    return _preference(reward_differences(logprobs, pairs)[reduction], [pair.prompt_ids for pair in pairs], seed)
 
 
 def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: int) -> PreferenceAccuracy:

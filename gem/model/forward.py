@@ -9,14 +9,15 @@ that cannot be (gradient checkpointing, sharded parameters under gradients, G = 
 completion are joined into one row, with the same numbers. `padding_free` puts those rows into a single one, without
 padding, told apart by their positions; it is for flash-attn, which then does no more than each sequence needs.
 
-A model may be bare, under peft, sharded by FSDP2, under DeepSpeed's ZeRO or within DistributedDataParallel.
+`Policy.model` may be bare, under peft, sharded by FSDP2, under DeepSpeed's ZeRO or within DistributedDataParallel.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from gem.config.settings import SegaUpdate
 from gem.data.batches import (
     CompletionBatch,
     TokenizedPair,
@@ -34,7 +36,7 @@ from gem.data.batches import (
     select_groups,
 )
 from gem.parallel import deepspeed, processes
-from gem.progress import Progress, advance
+from gem.progress import Bar, advance
 from gem_kernels import (
     PolicyLossOutput,
     SegaOutput,
@@ -45,76 +47,69 @@ from gem_kernels import (
 )
 from gem_kernels.integrations.transformers import Head, hidden_states_and_head
 
+Output = TypeVar("Output")
 
-def completion_stats(
-    model: nn.Module, batch: CompletionBatch, *, temperature: float = 1.0, padding_free: bool = False
-) -> TokenStats:
+
+@dataclass(frozen=True)
+class Policy:
+    """A model and how it runs forward."""
+
+    model: nn.Module
+    padding_free: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return inner_model(self.model).device
+
+
+def completion_stats(policy: Policy, batch: CompletionBatch, *, temperature: float = 1.0) -> TokenStats:
     """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
-    batch = on_device(batch, device_of(model))
-
-    def compute() -> TokenStats:
-        hidden, head = completion_hidden(model, batch, padding_free)
-        targets = counted_targets(batch)
-        return linear_token_stats(hidden, head.weight, targets, **head_options(head), temperature=temperature)
-
-    return deepspeed.forward(model, compute)
+    return _from_hidden(policy, batch, linear_token_stats, counted_targets, temperature=temperature)
 
 
 @torch.no_grad()
 def measured_stats(
-    model: nn.Module,
-    batch: CompletionBatch,
-    *,
-    temperature: float = 1.0,
-    batch_size: int,
-    padding_free: bool = False,
-    progress: Progress | None = None,
+    policy: Policy, batch: CompletionBatch, *, temperature: float = 1.0, batch_size: int, bar: Bar | None = None
 ) -> TokenStats:
     """`completion_stats` [B, T] on the CPU, without gradient, `batch_size` prompts a forward.
 
     With several processes each runs its share of the prompts, and all get the whole.
     """
-    model.eval()
+    policy.model.eval()
     size, width = batch.num_generations, batch.completion_ids.shape[1]
     mine = processes.share(range(len(batch.prompt_ids)))
     groups: list[Tensor] = []  # [2, G, T] of each prompt
-    with processes.gathered(model):
+    with processes.gathered(policy.model):
         for start in range(0, len(mine), batch_size):
             part, _ = select_groups(batch, mine[start : start + batch_size])
-            stats = completion_stats(model, part, temperature=temperature, padding_free=padding_free)
+            stats = completion_stats(policy, part, temperature=temperature)
             found = torch.stack([stats.logprobs, stats.entropy]).cpu()
             found = torch.nn.functional.pad(found, (0, width - found.shape[2]))
             groups += found.view(2, -1, size, width).unbind(1)
-            advance(progress, len(part.prompt_ids))
+            advance(bar, len(part.prompt_ids))
     return TokenStats(*torch.cat(processes.gather(groups), 1).unbind(0))
 
 
 @torch.no_grad()
 def pair_logprobs(
-    model: nn.Module,
-    pairs: Sequence[TokenizedPair],
-    *,
-    pad_id: int,
-    batch_size: int,
-    padding_free: bool = False,
-    progress: Progress | None = None,
+    policy: Policy, pairs: Sequence[TokenizedPair], *, pad_id: int, batch_size: int, bar: Bar | None = None
 ) -> Tensor:
     """log p(answer | prompt), end-of-turn token included, of (chosen, rejected): [N, 2] float64 on the CPU, nats.
 
     Without gradient. Both answers stand under the same prompt in the same batch. With several processes each runs its
     share of the pairs, and all get the whole.
     """
-    model.eval()
+    policy.model.eval()
     # Pairs of like length together, so that little is padding; the log-probs return in the order of `pairs`.
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].prompt_ids), len(pairs[i].chosen_ids)))
     mine = processes.share(order)
     found: list[Tensor] = []
-    with processes.gathered(model):
+    with processes.gathered(policy.model):
         for start in range(0, len(mine), batch_size):
             batch = collate_pairs([pairs[i] for i in mine[start : start + batch_size]], pad_id)
-            stats = completion_stats(model, batch, padding_free=padding_free)
+            stats = completion_stats(policy, batch)
             found += stats.logprobs.double().sum(1).cpu().view(-1, 2).unbind(0)
-            advance(progress, len(batch.prompt_ids))
+            advance(bar, len(batch.prompt_ids))
     logprobs = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for place, row in zip(order, processes.gather(found)):
         logprobs[place] = row
@@ -122,81 +117,81 @@ def pair_logprobs(
 
 
 def completion_sega_loss(
-    model: nn.Module,
+    policy: Policy,
     batch: CompletionBatch,
+    settings: SegaUpdate,
     *,
     advantages: Tensor,
     valid: Tensor,
     denominator: float,
-    loss_type: str,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    padding_free: bool = False,
 ) -> SegaOutput:
     """The SEGA loss of a micro-batch, in one shot: advantages [B] and the whole step's `denominator` are given."""
-    device = device_of(model)
-    batch = on_device(batch, device)
-
-    def compute() -> SegaOutput:
-        hidden, head = completion_hidden(model, batch, padding_free)
-        return fused_linear_sega_loss(
-            hidden,
-            head.weight,
-            batch.completion_ids,
-            **head_options(head),
-            completion_mask=batch.completion_mask,
-            advantages=advantages.to(device),
-            valid=valid.to(device),
-            loss_type=loss_type,
-            max_completion_length=max_completion_length,
-            denominator=denominator,
-            temperature=temperature,
-        )
-
-    return deepspeed.forward(model, compute)
+    return _from_hidden(
+        policy,
+        batch,
+        fused_linear_sega_loss,
+        lambda batch: batch.completion_ids,
+        completion_mask=batch.completion_mask.to(policy.device),
+        advantages=advantages.to(policy.device),
+        valid=valid.to(policy.device),
+        loss_type=settings.loss_type,
+        max_completion_length=settings.max_completion_length,
+        denominator=denominator,
+        temperature=settings.score_temperature,
+    )
 
 
 def completion_policy_loss(
-    model: nn.Module,
+    policy: Policy,
     batch: CompletionBatch,
     token_loss: Callable[..., Tensor],
     token_inputs: Mapping[str, Tensor],
     *,
     temperature: float = 1.0,
-    padding_free: bool = False,
 ) -> PolicyLossOutput:
     """Any loss that is a sum over completion tokens, in one shot: gem_kernels.fused_linear_policy_loss has its terms.
 
     token_inputs: tensors [B, T]; they must make the loss of a token under the padding 0.
     """
-    device = device_of(model)
-    batch = on_device(batch, device)
-
-    def compute() -> PolicyLossOutput:
-        hidden, head = completion_hidden(model, batch, padding_free)
-        return fused_linear_policy_loss(
-            hidden,
-            head.weight,
-            counted_targets(batch),
-            token_loss,
-            token_inputs={name: value.to(device) for name, value in token_inputs.items()},
-            **head_options(head),
-            temperature=temperature,
-        )
-
-    return deepspeed.forward(model, compute)
+    return _from_hidden(
+        policy,
+        batch,
+        fused_linear_policy_loss,
+        counted_targets,
+        token_loss=token_loss,
+        token_inputs={name: value.to(policy.device) for name, value in token_inputs.items()},
+        temperature=temperature,
+    )
 
 
-def completion_hidden(model: nn.Module, batch: CompletionBatch, padding_free: bool = False) -> tuple[Tensor, Head]:
+def _from_hidden(
+    policy: Policy,
+    batch: CompletionBatch,
+    fused: Callable[..., Output],
+    targets: Callable[[CompletionBatch], Tensor],
+    **options: Any,
+) -> Output:
+    """fused(hidden states, head's weight, targets, what the head is besides, options): one forward of the model."""
+    batch = on_device(batch, policy.device)
+
+    def compute() -> Output:
+        hidden, head = completion_hidden(policy, batch)
+        more = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        return fused(hidden, head.weight, targets(batch), **more, **options)
+
+    return deepspeed.forward(policy.model, compute)
+
+
+def completion_hidden(policy: Policy, batch: CompletionBatch) -> tuple[Tensor, Head]:
     """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it."""
-    width = batch.completion_ids.shape[1]
+    model, width = policy.model, batch.completion_ids.shape[1]
     prompt_ids = batch.prompt_ids.repeat_interleave(batch.num_generations, 0)
     prompt_mask = batch.prompt_mask.repeat_interleave(batch.num_generations, 0)
     # The last completion token predicts nothing that is needed.
     input_ids = torch.cat([prompt_ids, batch.completion_ids[:, :-1]], 1)
     mask = torch.cat([prompt_mask, batch.completion_mask[:, :-1]], 1)
     position_ids = positions(mask)
-    if padding_free:
+    if policy.padding_free:
         mask = torch.cat([prompt_mask, batch.completion_mask[:, 1:]], 1)  # less the last token of each completion
         # No attention mask: positions that begin again at 0 tell the sequences apart.
         packed = packed_lengths(model, mask.sum(1))
@@ -285,12 +280,3 @@ def _forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 def inner_model(model: nn.Module) -> nn.Module:
     """The model below DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return inner_model(model).device
-
-
-def head_options(head: Head) -> dict[str, Any]:
-    """What a head is besides its weight, as the fused functions take it."""
-    return {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}

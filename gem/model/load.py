@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.model.lora import CONFIG_FILE, Lora, add_lora, is_adapted, load_adapter, merged_state_dict, read_adapter_config
+from gem.model.lora import CONFIG_FILE, add_lora, is_adapted, load_adapter, merged_state_dict, read_adapter_config
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Package and module of those that are not torch's.
@@ -86,7 +86,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(source: ModelSource) -> PreTrainedConfig:
+def load_model_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     with _QuietTransformers():
         return _load(AutoConfig, source)
@@ -158,8 +158,7 @@ def load_model_for_training(source: ModelSource, config: PreTrainedConfig, setti
     if settings.use_peft and source.adapter:
         model = load_adapter(model, source.adapter, trainable=True)
     elif settings.use_peft:
-        lora = Lora(settings.lora_r, settings.lora_alpha, settings.lora_dropout, settings.lora_target_modules)
-        model = add_lora(model, lora)
+        model = add_lora(model, settings)
         if Path(source.name).is_dir():  # the adapter names its model; a relative path would not survive a cd
             model.peft_config["default"].base_model_name_or_path = str(Path(source.name).resolve())
     return model.eval()

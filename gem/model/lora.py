@@ -7,7 +7,6 @@ A directory that holds an adapter has `adapter_config.json`, which names the mod
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gem.config.settings import Lora
 from gem.errors import UserError
 from gem.parallel import processes
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """W + (alpha / r) B A on every target, B = 0 at first. target_modules: "all-linear", or names with commas."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
@@ -39,10 +29,10 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     peft = _peft("use_peft")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora.target_modules),
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=_targets(model, lora.lora_target_modules),
     )
     return peft.get_peft_model(model, config)
 

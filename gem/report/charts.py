@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 202
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 24
-SQUARE, MARGIN = 250, 34
+SQUARE, MARGIN = 236, 34
 MOST_MARKED = 40  # points of a line that are drawn as shapes too
 
 
@@ -216,7 +216,7 @@ def _shape(svg: ElementTree.Element, x: float, y: float, k: int) -> None:
 def _square(across: str, up: str, title: str):
     """An empty unit square with its diagonal; (drawing, place of a point in it)."""
     svg = _svg(SQUARE, SQUARE, "square", title)
-    size = SQUARE - 2 * MARGIN
+    size = SQUARE - MARGIN - 14
 
     def place(x: float, y: float) -> tuple[float, float]:
         return MARGIN + 4 + size * x, SQUARE - MARGIN - size * y

@@ -20,11 +20,11 @@
   function number(value, sign = false) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    let text = value.toPrecision(3);
+    let text = size < 1e-4 ? value.toExponential(2) : value.toPrecision(3);
     if (Number.isInteger(value)) text = String(value);
     else if (size >= 0.01 && size < 100) text = value.toFixed(3);
     else if (size >= 100 && size < 1e5) text = value.toFixed(1);
-    return (sign && value > 0 ? "+" : "") + text.replace("-", "−");
+    return (sign && value > 0 ? "+" : "") + text.replaceAll("-", "−");
   }
 
   // ---------------------------------------------------------------- theme, navigation
@@ -53,7 +53,12 @@
     waiting = false;
     const passed = sections.filter((section) => section.getBoundingClientRect().top < 160 || section.id === "overview");
     const here = passed.reduce((a, b) => (a && a.getBoundingClientRect().top > b.getBoundingClientRect().top ? a : b), null);
-    links.forEach((link, i) => sections[i] === here ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
+    links.forEach((link, i) => {
+      if (sections[i] !== here) return link.removeAttribute("aria-current");
+      if (link.hasAttribute("aria-current")) return;
+      link.setAttribute("aria-current", "true");
+      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40; // a narrow screen shows few
+    });
   }
   addEventListener("scroll", () => { if (!waiting) { waiting = true; requestAnimationFrame(markSection); } }, { passive: true });
   markSection();
@@ -121,9 +126,8 @@
       this.pieces = this.numbers.lengths.map((length) => text.slice(from, from += length));
       this.forks = new Set(this.numbers.fork);
       this.at = 0;
-      this.element = make("div", { className: "text", role: "listbox", tabIndex: 0, dir: "auto" });
+      this.element = make("div", { className: "text", role: "group", tabIndex: 0, dir: "auto" });
       this.element.setAttribute("aria-label", `Tokens of ${name}`);
-      this.element.setAttribute("aria-orientation", "horizontal");
       lists.set(this.element, this);
       this.element.addEventListener("keydown", (event) => this.key(event));
       this.element.addEventListener("focus", () => this.focus(this.at));
@@ -178,7 +182,6 @@
       const before = [], within = [];
       for (let i = chunk.from; i < chunk.to; i++) {
         const token = make("span", { textContent: this.pieces[i], className: this.kind(i), tabIndex: -1 });
-        token.setAttribute("role", "option");
         token.i = i;
         (i < answer ? before : within).push(token);
       }
@@ -208,13 +211,11 @@
     focus(i) {
       const token = this.token(i);
       if (!token) return;
-      for (const old of this.element.querySelectorAll(".t[tabindex='0']")) { old.tabIndex = -1; old.removeAttribute("aria-selected"); old.removeAttribute("aria-describedby"); }
+      for (const old of this.element.querySelectorAll(".t[tabindex='0']")) { old.tabIndex = -1; old.removeAttribute("aria-describedby"); }
       this.at = i;
       this.element.tabIndex = -1;
       token.tabIndex = 0;
-      token.setAttribute("aria-selected", "true");
       token.setAttribute("aria-describedby", "tip");
-      if (!this.pieces[i].trim()) token.setAttribute("aria-label", shown(this.pieces[i]));
       token.focus();
     }
 
@@ -314,14 +315,15 @@
   const SAID = { right: "✓ right", wrong: "✗ wrong", unknown: "? not known" };
   const anyKnown = data.completions.some((one) => one.correct !== undefined);
 
-  function figures(one) {
+  function figures(one, best) {
     const list = make("dl", { className: "figures" });
     const add = (name, value, kind = "") => list.append(make("div", { className: kind }, make("dt", {}, name), make("dd", {}, value)));
     if (one.score !== undefined) add("score", number(one.score), "first");
+    if (best) list.lastChild.lastChild.append(make("span", { className: "star", title: "the highest score of its prompt" }, " ★", make("span", { className: "unseen" }, " highest of its prompt")));
     if (one.probability !== undefined) add("P(right)", number(one.probability));
     if (one.advantage !== undefined) add("advantage", number(one.advantage, true));
     if (one.length !== undefined) add("tokens", one.length.toLocaleString("en"));
-    if (one.meanEntropy !== undefined) add("mean entropy", `${number(one.meanEntropy)} nats`);
+    if (one.meanEntropy !== undefined) add("mean entropy", number(one.meanEntropy));
     return list;
   }
 
@@ -340,10 +342,9 @@
     const name = /^\d/.test(one.label) ? `Candidate ${one.label}` : one.label;
     const head = make("header", {}, make("h4", {}, name));
     if (anyKnown) head.append(make("span", { className: `is ${kind}` }, SAID[kind]));
-    if (best) head.append(make("span", { className: "is plain" }, "★ highest score"));
     if (one.valid === false) head.append(make("span", { className: "is plain" }, "not counted"));
     if (one.truncated) head.append(make("span", { className: "is plain" }, "cut off"));
-    const made = make("article", { className: "card" }, head, figures(one));
+    const made = make("article", { className: "card" }, head, figures(one, best));
     made.setAttribute("aria-label", `${name}, ${place}`);
     made.append(...(one.tokens ? [new TokenList(id, `${name}, ${place}`).element] : plainText(one.text)));
     if (one.answer !== undefined) made.append(make("p", { className: "final" }, make("span", {}, "Answer "), one.answer));

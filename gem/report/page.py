@@ -117,14 +117,16 @@ def completion_data(completions: Sequence[Completion], max_tokens: int) -> tuple
 
 
 def shared_ends(prompts: Sequence[str]) -> tuple[int, int]:
-    """Characters that all prompts begin and end with, whole lines: a chat template's, the same for each."""
+    """Characters that all prompts begin and end with, whole lines or from a special token on: a chat template's."""
     if len(prompts) < 2:
         return 0, 0
     first, last = min(prompts), max(prompts)  # what these two share at the start, all share
     start = first[: _agreement(first, last)].rfind("\n") + 1
     tails = [prompt[start:][::-1] for prompt in prompts]
     first, last = min(tails), max(tails)
-    return start, first[: _agreement(first, last)].rfind("\n") + 1
+    shared = first[: _agreement(first, last)][::-1]
+    end = re.search(r"\n|<\||</|\[/", shared)
+    return start, len(shared) - end.start() if end else 0
 
 
 def _agreement(first: str, second: str) -> int:
@@ -134,8 +136,8 @@ def _agreement(first: str, second: str) -> int:
 
 
 def visible(text: str) -> str:
-    """Control characters as their pictures, direction marks and what has no width as its code point, no surrogates."""
-    return _HIDDEN.sub(_picture, text)
+    """Control characters, direction marks and what has no width as their code points; no lone surrogates."""
+    return _HIDDEN.sub(_code_point, text)
 
 
 def as_script_json(value: Any) -> Markup:
@@ -146,24 +148,20 @@ def as_script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _picture(match: re.Match[str]) -> str:
+def _code_point(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xD800 <= code < 0xE000:
         return "\ufffd"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"\u27e8U+{code:04X}\u27e9"
+    return f"\u27e8U+{code:04X}\u27e9"
 
 
 def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    text, answer, tokens = visible(one.text), one.answer, None
+    text, tokens = visible(one.text), None
     row: dict[str, Any] = {"label": visible(one.label)}
     if one.tokens is not None:
         pieces = [visible(token) for token in one.tokens.text]
         text = "".join(pieces)
         tokens = _token_data(one.tokens, pieces)
-        if answer is None and one.tokens.answer_start < len(pieces):
-            answer = "".join(one.tokens.text[one.tokens.answer_start :])
         known = [value for value in one.tokens.entropy if value is not None]
         row["meanEntropy"] = _digits(sum(known) / len(known)) if known else None
     numbers = {"score": one.score, "probability": one.probability, "advantage": one.advantage}
@@ -171,7 +169,7 @@ def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]
         **{name: _digits(value) for name, value in numbers.items()},
         "text": text,
         "length": one.num_tokens,
-        "answer": None if answer is None else visible(" ".join(answer.split())[:200]),
+        "answer": None if one.answer is None else visible(" ".join(one.answer.split())[:200]),
         "correct": one.correct,
         "valid": one.valid,
         "truncated": one.truncated,

@@ -246,7 +246,7 @@ def headlines(source: Source, calibrations: Sequence[dict[str, Any]], axis: Axis
         if points and len(tiles) < 4:
             before, after = points[0], points[-1]
             value = number(after[0]) if len(points) == 1 else f"{number(before[0])} → {number(after[0])}"
-            note = f"95 % interval {_interval_words(after[1], after[2])}" if after[1] is not None else ""
+            note = f"95\u00a0% interval {_interval_words(after[1], after[2])}" if after[1] is not None else ""
             tiles.append({"label": words[key], "value": value, "note": note, "kind": ""})
     if source.rows and any(name not in ("SFT",) for name, _, _ in axis.stages):
         fired = len(axis.guards)
@@ -259,11 +259,10 @@ def headlines(source: Source, calibrations: Sequence[dict[str, Any]], axis: Axis
 
 
 def model_name(source: Source) -> str | None:
-    """The model of a run or of a calibrated score, as it was named there."""
-    for score in source.scores.values():
-        if score.get("model"):
-            return str(score["model"])
-    return _setting(source.config, "model")
+    """The model of a run or of a calibrated score as it was named there; of an absolute path the end."""
+    names = [str(score["model"]) for score in source.scores.values() if score.get("model")]
+    name = names[0] if names else _setting(source.config, "model")
+    return "/".join(name.split("/")[-2:]) if name and name.startswith("/") else name
 
 
 def _completion_tiles(completions: Sequence[Completion]) -> list[dict[str, str]]:
@@ -333,7 +332,7 @@ def _bounds(key: str) -> tuple[str, str]:
 
 
 def _interval_words(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+    return "" if low is None or high is None else f"[{number(low)},\u00a0{number(high)}]"
 
 
 def _done(row: dict[str, Any]) -> str:

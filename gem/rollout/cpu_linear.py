@@ -1,7 +1,7 @@
 """Products of a weight with few rows on a CPU, as sampling makes them: one token of each candidate at a time.
 
 In float32 MKL takes (weight @ x.T).T in a third to three quarters of the time of x @ weight.T for 2 to 6 rows, and in
-less for most numbers up to 64; the numbers are the same to rounding. docs/decisions.md has the measurement.
+less for most numbers up to 64; the numbers are the same to rounding. docs/decisions-training.md has the measurement.
 """
 
 from __future__ import annotations

@@ -27,29 +27,18 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from gem.data.answers import AnswerFinder, AnswerSpans, decode, find_answer_spans
+from gem.config.settings import Sampling
+from gem.data.answers import AnswerSpans, decode, find_answer_spans
 from gem.data.batches import CompletionBatch, collate, pad_rows, positions
-from gem.model.forward import forward
+from gem.data.prompts import TextFormat
+from gem.model.forward import Policy, forward
 from gem.parallel import processes
-from gem.progress import Progress, advance
+from gem.progress import Bar, advance
 from gem.rollout.cpu_linear import few_row_products
 from gem_kernels import token_stats
 
 # Rows that have ended are dropped from the batch when they are a quarter of it: dropping copies the cache once.
 _KEEP_SHARE = 0.75
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. temperature 0: the most likely token. The defaults of the others filter nothing."""
-
-    num_generations: int
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,19 +79,17 @@ class Sampler(Protocol):
 
 
 def roll_out(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    form: TextFormat,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    end_token_ids: Sequence[int],
-    marker: Sequence[AnswerFinder] | str,
     seed: int,
     batch_size: int,
     step: int = 0,
     stats_temperature: float | None = None,
     sampler: Sampler | None = None,
-    progress: Progress | None = None,
+    bar: Bar | None = None,
 ) -> Rollout:
     """Samples G candidates for each prompt, `batch_size` prompts at a time, and finds their answer spans.
 
@@ -114,55 +101,48 @@ def roll_out(
     size = sampling.num_generations
     if sampler is not None:  # it makes batches of its own
         keys = row_keys(seed, step, mine, size)
-        found = sampler.sample([prompts[i] for i in mine], sampling, end_token_ids, keys) if mine else []
+        found = sampler.sample([prompts[i] for i in mine], sampling, form.end_tokens, keys) if mine else []
         rows += [found[i : i + size] for i in range(0, len(found), size)]
-        advance(progress, len(mine))
+        advance(bar, len(mine))
     else:
-        with processes.gathered(model), few_row_products(model):
+        with processes.gathered(policy.model), few_row_products(policy.model):
             for start in range(0, len(mine), batch_size):
                 part = mine[start : start + batch_size]
                 keys = row_keys(seed, step, part, size)
-                padded = pad_rows([prompts[i] for i in part], tokenizer.pad_token_id, left=True)
-                found = sample_tokens(model, *padded, sampling, end_token_ids, keys, stats_temperature)
+                padded = pad_rows([prompts[i] for i in part], form.pad_id, left=True)
+                found = sample_tokens(policy.model, *padded, sampling, form.end_tokens, keys, stats_temperature)
                 rows += [found[i : i + size] for i in range(0, len(found), size)]
-                advance(progress, len(part))
+                advance(bar, len(part))
     flat = [row for group in processes.gather(rows) for row in group]
-    return given_completions(
-        tokenizer,
-        prompts,
-        [row.ids for row in flat],
-        end_token_ids=end_token_ids,
-        marker=marker,
-        statistics=[(row.logprobs, row.entropy) for row in flat] if flat and flat[0].logprobs is not None else None,
-    )
+    statistics = [(row.logprobs, row.entropy) for row in flat] if flat and flat[0].logprobs is not None else None
+    return given_completions(form, prompts, [row.ids for row in flat], statistics)
 
 
 def given_completions(
-    tokenizer: PreTrainedTokenizerBase,
+    form: TextFormat,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    *,
-    end_token_ids: Sequence[int],
-    marker: Sequence[AnswerFinder] | str,
     statistics: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Rollout:
     """Token ids of completions, sampled here or written elsewhere, as a rollout; G = completions / prompts.
 
     statistics: (log-probs [n], entropies [n]) of each completion's tokens, where they are known.
     """
-    batch = collate(prompts, completions, tokenizer.pad_token_id)
+    batch = collate(prompts, completions, form.pad_id)
     logprobs = entropy = None
     if statistics is not None:
         logprobs, entropy = torch.zeros(2, *batch.completion_ids.shape).unbind()
         for row, known in enumerate(statistics):
             for table, values in zip((logprobs, entropy), known):
                 table[row, : len(values)] = values
-    ended = [bool(row) and row[-1] in end_token_ids for row in completions]
+    ended = [bool(row) and row[-1] in form.end_tokens for row in completions]
     return Rollout(
         batch=batch,
         truncated=~torch.tensor(ended, dtype=torch.bool),
-        texts=tuple(decode(tokenizer, [row[:-1] if end else row for row, end in zip(completions, ended)])),
-        spans=find_answer_spans(tokenizer, batch.completion_ids, batch.completion_mask, marker, end_token_ids),
+        texts=tuple(decode(form.tokenizer, [row[:-1] if end else row for row, end in zip(completions, ended)])),
+        spans=find_answer_spans(
+            form.tokenizer, batch.completion_ids, batch.completion_mask, form.finders, form.end_tokens
+        ),
         logprobs=logprobs,
         entropy=entropy,
     )

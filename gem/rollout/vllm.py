@@ -33,12 +33,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from gem import files
-from gem.config.settings import TrainConfig
+from gem.config.settings import Sampling, TrainConfig
 from gem.errors import UserError
 from gem.model.load import ModelSource
 from gem.model.lora import is_adapted, merged_state_dict
 from gem.parallel import processes
-from gem.rollout.sample import SampledTokens, Sampler, Sampling
+from gem.rollout.sample import SampledTokens, Sampler
 
 _TIMEOUT = 600.0  # seconds for one request
 _MOST_REQUESTS = 256  # in flight at once; vLLM's own default of sequences in a batch

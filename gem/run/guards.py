@@ -9,8 +9,9 @@ Each looks at one number of a step's metrics (or of an evaluation's) and breache
     h_final          mean H_final, nats, below guard_h_final
     preference       held-out preference accuracy more than guard_preference_drop below its best
 
-The start is the first step that is checked. What is done on a breach is the configuration's `guards`, and the loop's to
-carry out. A number that is missing or NaN breaches nothing: a step that is not finite is the trainer's matter.
+The start is the first step that is checked. `watch` does on a breach what the setting `guards` says: warn, lower
+lambda, go back to the best weights, or stop the stage. A number that is missing or NaN breaches nothing: a step that is
+not finite is the trainer's matter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gem.config.settings import TrainConfig
+from gem.config.settings import GuardSettings
+from gem.evaluation.evaluate import Evaluation
+from gem.evaluation.report import evaluation_metrics
+from gem.parallel import processes
+from gem.run import checkpoint
+from gem.run.session import RunState
+from gem.run.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,6 @@ class Breach:
     value: float
     limit: float
     message: str
-
-
-@dataclass(frozen=True)
-class Limits:
-    """As the settings guard_* say."""
-
-    kl: float = 0.5
-    length_ratio: float = 2.0
-    repetition: float = 0.5
-    span_rate: float = 0.5
-    h_final: float = 0.01
-    preference_drop: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -61,23 +56,19 @@ class Guards:
     action: "off", "warn", "lower_fork_weight" (to `lowered(fork_weight)`), "rollback" (to the best weights) or "stop".
     """
 
-    def __init__(self, config: TrainConfig, baseline: Baseline | None = None) -> None:
-        self.action = config.guards
-        self.limits = Limits(
-            kl=config.guard_kl,
-            length_ratio=config.guard_length_ratio,
-            repetition=config.guard_repetition,
-            span_rate=config.guard_span_rate,
-            h_final=config.guard_h_final,
-            preference_drop=config.guard_preference_drop,
-        )
+    def __init__(self, settings: GuardSettings, baseline: Baseline | None = None) -> None:
+        self.settings = settings
         self.baseline = baseline or Baseline()
+
+    @property
+    def action(self) -> str:
+        return self.settings.guards
 
     def check(self, metrics: Mapping[str, Any]) -> list[Breach]:
         """The guards that these metrics breach; none where guards are off."""
         if self.action == "off":
             return []
-        found = breaches(metrics, self.baseline, self.limits)
+        found = breaches(metrics, self.baseline, self.settings)
         self.baseline = next_baseline(metrics, self.baseline)
         return found
 
@@ -88,7 +79,7 @@ class Guards:
         self.baseline = Baseline(**state)
 
 
-def breaches(metrics: Mapping[str, Any], baseline: Baseline, limits: Limits) -> list[Breach]:
+def breaches(metrics: Mapping[str, Any], baseline: Baseline, limits: GuardSettings) -> list[Breach]:
     """Every guard whose number is in `metrics` and beyond its limit, in the order of this file's table."""
     found: list[Breach] = []
 
@@ -98,23 +89,22 @@ def breaches(metrics: Mapping[str, Any], baseline: Baseline, limits: Limits) -> 
             limit = most if value > most else least
             found.append(Breach(guard, value, limit, f"{message} is {value:.4g}, limit {limit:.4g}"))
 
-    look("kl", "kl", "KL from the starting policy (nats a token)", most=limits.kl)
+    look("kl", "kl", "KL from the starting policy (nats a token)", most=limits.guard_kl)
     if baseline.mean_length is not None:
-        look(
-            "length", "completions/mean_length", "mean completion length (tokens)",
-            most=baseline.mean_length * limits.length_ratio, least=baseline.mean_length / limits.length_ratio,
-        )  # fmt: skip
-    look("repetition", "gem/fork_repetition", "share of fork tokens that repeat", most=limits.repetition)
+        length, ratio = baseline.mean_length, limits.guard_length_ratio
+        words = "mean completion length (tokens)"
+        look("length", "completions/mean_length", words, most=length * ratio, least=length / ratio)
+    look("repetition", "gem/fork_repetition", "share of fork tokens that repeat", most=limits.guard_repetition)
     if baseline.span_rate is not None:
         look(
             "span_rate", "gem/answer_span_found", "share of completions with an answer",
-            least=baseline.span_rate * limits.span_rate,
+            least=baseline.span_rate * limits.guard_span_rate,
         )  # fmt: skip
-    look("h_final", "gem/h_final", "H_final (nats)", least=limits.h_final)
+    look("h_final", "gem/h_final", "H_final (nats)", least=limits.guard_h_final)
     if baseline.best_preference is not None:
         look(
             "preference", "eval/preference_accuracy", "held-out preference accuracy",
-            least=baseline.best_preference - limits.preference_drop,
+            least=baseline.best_preference - limits.guard_preference_drop,
         )  # fmt: skip
     return found
 
@@ -133,8 +123,70 @@ def next_baseline(metrics: Mapping[str, Any], baseline: Baseline) -> Baseline:
 
 
 def lowered(fork_weight: float) -> float:
-    """lambda after a breach: half of it. H_fork is what a policy can raise without end, by rambling."""
-    return fork_weight / 2
+    """lambda after a breach: half of it. H_fork is what a policy can raise without end, by rambling.
+
+    A negative lambda rewards no rambling and stays.
+    """
+    return fork_weight / 2 if fork_weight > 0 else fork_weight
+
+
+def watch(
+    guards: Guards, stage: Stage, state: RunState, row: dict[str, Any], evaluation: Evaluation | None
+) -> list[Breach]:
+    """Checks a step's metrics and, where there was one, an evaluation's; carries out `guards` on a breach.
+
+    With `guards: rollback` the weights of the best evaluation so far are kept on the disk. What was done is a line of
+    the metrics, stage "guard".
+    """
+    found = guards.check(row)
+    if evaluation is not None:
+        found += guards.check(evaluation_metrics(evaluation))
+        if not found and guards.action == "rollback":
+            _keep_best(stage, state, evaluation.preference.accuracy)
+    if found:
+        _act(guards.action, stage, state, found)
+    return found
+
+
+def _act(action: str, stage: Stage, state: RunState, found: list[Breach]) -> None:
+    session, done = stage.session, "warned"
+    if action == "lower_fork_weight":
+        weight = lowered(stage.scoring.fork_weight)
+        stage.scoring = stage.scoring.changed(fork_weight=weight)
+        done = f"fork_weight is now {weight:g}"
+    elif action == "rollback" and state.best is not None:
+        _roll_back(stage, state)
+        done = f"back to the weights of {state.best}"
+    elif action == "stop":
+        state.step = stage.num_steps
+        done = f"{stage.name} stopped"
+    for breach in found:
+        session.console.print(f"Guard {breach.guard}: {breach.message}; {done}", highlight=False)
+    guards = [breach.guard for breach in found]
+    line = {"stage": "guard", "step": state.step, "guards": guards, "action": action, "done": done}
+    session.tracker.write(line, state.total_steps)
+
+
+def _keep_best(stage: Stage, state: RunState, accuracy: float) -> None:
+    """The weights and moments as they are, if no evaluation was better; the ones before go with the next checkpoint,
+    which no longer speaks of them."""
+    if accuracy < state.best_accuracy:
+        return
+    session = stage.session
+    state.best, state.best_accuracy = f"best-{state.total_steps}", accuracy
+    path = session.run_dir / state.best
+    parameters, moments = checkpoint.trained_parameters(stage.policy.model), stage.trainer.state_dict()
+    processes.on_main(lambda: checkpoint.save_state(path, parameters, {"trainer": moments}))
+    if not session.config.save_steps:
+        processes.on_main(lambda: checkpoint.remove_others(session.run_dir, "best-*", state.best))
+
+
+def _roll_back(stage: Stage, state: RunState) -> None:
+    """Weights and moments of the best evaluation; the learning rate goes on from where it is."""
+    parameters, saved = checkpoint.load_checkpoint(stage.session.run_dir / state.best)
+    checkpoint.restore_parameters(stage.policy.model, parameters)
+    num_steps, bad_steps = stage.trainer.num_steps, stage.trainer.bad_steps
+    stage.trainer.load_state_dict({**saved["trainer"], "num_steps": num_steps, "bad_steps": bad_steps})
 
 
 def _number(metrics: Mapping[str, Any], key: str) -> float | None:

@@ -11,17 +11,12 @@ from gem.update.optimizer import StepResult
 from gem.update.sega import groups_with_gradient
 
 
-def step_metrics(result: StepResult | None) -> dict[str, Any]:
-    """Of an optimizer step; None where there was nothing to learn from and no step was taken."""
-    if result is None:
-        return {"loss": 0.0, "grad_norm": 0.0, "skipped": True}
-    row = {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "num_tokens": result.num_tokens,
-        **result.metrics,
-    }
+def step_metrics(result: StepResult) -> dict[str, Any]:
+    """Of a step; without learning rate and tokens where there was nothing to learn from."""
+    row: dict[str, Any] = {"loss": result.loss, "grad_norm": result.grad_norm}
+    if result.learning_rate is not None:
+        row |= {"learning_rate": result.learning_rate, "num_tokens": result.num_tokens}
+    row |= result.metrics
     return {**row, "skipped": True} if result.skipped else row
 
 

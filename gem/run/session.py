@@ -12,19 +12,25 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from gem.config.read import load_config, save_config
 from gem.config.settings import TrainConfig
-from gem.data.answers import AnswerFinder, answer_finders
 from gem.data.batches import TokenizedPair
 from gem.data.pairs import load_run_pairs
-from gem.data.prompts import prompt_format, run_system_prompt
+from gem.data.prompts import TextFormat, text_format
 from gem.data.sources import check_source
 from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation
-from gem.model.load import context_length, end_token_ids, find_model, load_model_for_training, load_tokenizer
-from gem.model.load import load_config as load_model_config
+from gem.model.forward import Policy
+from gem.model.load import (
+    context_length,
+    end_token_ids,
+    find_model,
+    load_model_config,
+    load_model_for_training,
+    load_tokenizer,
+)
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
@@ -37,14 +43,12 @@ MAY_CHANGE = ("save_steps", "save_total_limit", "report_to", "max_bad_steps", "v
 
 @dataclass(frozen=True)
 class Session:
-    """What every stage of a run needs: the model, its tokens, the data as tokens, and where things go."""
+    """What every stage of a run needs: the policy, its tokens, the data as tokens, and where things go."""
 
     config: TrainConfig
     accelerator: Accelerator
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    end_tokens: tuple[int, ...]
-    finders: tuple[AnswerFinder, ...]
+    policy: Policy
+    form: TextFormat
     train_pairs: list[TokenizedPair]
     eval_pairs: list[TokenizedPair]
     run_dir: Path
@@ -54,7 +58,7 @@ class Session:
 
 
 @dataclass
-class Progress:
+class RunState:
     """How far a run is. With the weights and the generators' states, all that the rest of it depends on."""
 
     stage: str = "start"
@@ -66,7 +70,7 @@ class Progress:
     stage_state: dict[str, Any] | None = None  # of the stage in which the run is resumed, until it has begun
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool) -> tuple[Session, Progress]:
+def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool) -> tuple[Session, RunState]:
     """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
     run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
     check_report_to(config.report_to)
@@ -76,37 +80,34 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     source = find_model(config.model)
     check_vllm(config, source)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    tokenizer = load_tokenizer(source)
-    form = prompt_format(tokenizer, run_system_prompt(config))
+    form = text_format(load_tokenizer(source), config)
     model_config = load_model_config(source)
     train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
     for report in filter(str, reports):
         console.print(str(report), highlight=False)
     set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
     whole = load_model_for_training(source, model_config, config)
-    end_tokens = end_token_ids(whole, tokenizer, form.end_of_turn)
+    form = dataclasses.replace(form, end_tokens=end_token_ids(whole, form.tokenizer, form.end_of_turn))
     model = processes.prepare_model(whole, accelerator, config.max_grad_norm)
     set_seed(config.seed + processes.rank())
     if resume:
-        progress, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), console)
+        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), console)
     else:
-        progress, offsets = Progress(), None
+        state, offsets = RunState(), None
         processes.on_main(lambda: start_run_directory(config, run_dir))
-    tracker = Tracker(config, run_dir, console, offsets=offsets, step=progress.total_steps)
+    tracker = Tracker(config, run_dir, console, offsets=offsets, step=state.total_steps)
     return Session(
         config=config,
         accelerator=accelerator,
-        model=model,
-        tokenizer=tokenizer,
-        end_tokens=end_tokens,
-        finders=answer_finders(config.answer_span, config.answer_marker),
+        policy=Policy(model, config.padding_free),
+        form=form,
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
         run_dir=run_dir,
         tracker=tracker,
         console=console,
         sampler=make_sampler(config, source, run_dir),
-    ), progress
+    ), state
 
 
 def start_run_directory(config: TrainConfig, run_dir: Path) -> None:
@@ -122,8 +123,8 @@ def check_resume(config: TrainConfig) -> Path:
         raise UserError(f"resume: there is no run in {run_dir}; start it without --resume")
     if (run_dir / "model").is_dir():
         raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}")
-    before = dataclasses.asdict(load_config(saved))
-    changed = [k for k, v in dataclasses.asdict(config).items() if v != before[k] and k not in MAY_CHANGE]
+    before = load_config(saved).model_dump()
+    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in MAY_CHANGE]
     if changed:
         raise UserError(
             f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
@@ -137,42 +138,42 @@ def check_resume(config: TrainConfig) -> Path:
     return run_dir
 
 
-def restore(run_dir: Path, model: nn.Module, data: str, console: Console) -> tuple[Progress, dict[str, int]]:
+def restore(run_dir: Path, model: nn.Module, data: str, console: Console) -> tuple[RunState, dict[str, int]]:
     """The newest checkpoint into the model and the generators; (where the run is, offsets of its files)."""
     path = checkpoint.checkpoints(run_dir)[-1]
-    parameters, state = checkpoint.load_checkpoint(path)
-    if state["data"] != data:
+    parameters, saved = checkpoint.load_checkpoint(path)
+    if saved["data"] != data:
         raise UserError("resume: train_file or eval_file no longer holds the pairs that the run began with")
-    if len(state["random"]) != processes.world_size():
+    if len(saved["random"]) != processes.world_size():
         raise UserError(
-            f"resume: the run has {len(state['random'])} processes, this is {processes.world_size()}; "
+            f"resume: the run has {len(saved['random'])} processes, this is {processes.world_size()}; "
             "launch as many as before"
         )
     processes.on_main(lambda: checkpoint.remove_leftovers(run_dir))
     checkpoint.restore_parameters(model, parameters)
-    processes.restore_random_state(state["random"][processes.rank()])
-    progress = checkpoint.from_tree(Progress, state["progress"])
-    progress.stage_state = state["stage_state"]
-    console.print(f"Continuing from {path.name}: {progress.stage}, step {progress.step}", highlight=False)
-    return progress, state["offsets"]
+    processes.restore_random_state(saved["random"][processes.rank()])
+    state = checkpoint.from_tree(RunState, saved["progress"])
+    state.stage_state = saved["stage_state"]
+    console.print(f"Continuing from {path.name}: {state.stage}, step {state.step}", highlight=False)
+    return state, saved["offsets"]
 
 
-def save(session: Session, progress: Progress, stage_state: dict[str, Any]) -> None:
+def save(session: Session, state: RunState, stage_state: dict[str, Any]) -> None:
     """A checkpoint of all of it, by all processes together."""
-    state = {
+    tree = {
         "version": 1,
-        "progress": checkpoint.to_tree(dataclasses.replace(progress, stage_state=None)),
+        "progress": checkpoint.to_tree(dataclasses.replace(state, stage_state=None)),
         "stage_state": stage_state,
         "data": fingerprint(session.train_pairs, session.eval_pairs),
         "random": processes.gather([processes.random_state()]),
         "offsets": session.tracker.offsets,
     }
-    parameters = checkpoint.trained_parameters(session.model)
-    config = session.config
+    parameters = checkpoint.trained_parameters(session.policy.model)
+    keep = session.config.save_total_limit
 
     def write() -> None:
-        checkpoint.save_checkpoint(session.run_dir, progress.total_steps, parameters, state, config.save_total_limit)
-        checkpoint.remove_others(session.run_dir, "best-*", progress.best)
+        checkpoint.save_checkpoint(session.run_dir, state.total_steps, parameters, tree, keep)
+        checkpoint.remove_others(session.run_dir, "best-*", state.best)
 
     processes.on_main(write)
 

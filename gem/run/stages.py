@@ -10,39 +10,27 @@ import dataclasses
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from gem import files
-from gem.config.settings import TrainConfig
+from gem.config.settings import Scoring, TrainConfig
 from gem.data.batches import TokenizedPair
+from gem.files import load_tensors, save_tensors
 from gem.model.forward import measured_stats, pair_logprobs
 from gem.model.starting_policy import StartingPolicy
 from gem.parallel import deepspeed, processes
-from gem.rollout.sample import Sampling, roll_out
-from gem.run.guards import Guards
-from gem.run.metrics import fork_repetition, rollout_metrics, step_metrics
+from gem.rollout.sample import roll_out
+from gem.run.metrics import fork_repetition, rollout_metrics
 from gem.run.session import Session
-from gem.scoring.score import ScoredRollout, Scoring, score_rollout
-from gem.update.deepspeed_optimizer import ZeroTrainer
+from gem.scoring.score import ScoredRollout, score_rollout
+from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
-from gem.update.optimizer import Trainer
-from gem.update.sega import SegaUpdate, mean_kl, sega_step
+from gem.update.optimizer import NO_STEP, StepResult, Trainer
+from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
 
 _STARTING_POLICY = "starting-policy"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A step that was taken: its line of metrics, a few words for the bar, and the candidates, where there were any."""
-
-    metrics: dict[str, Any]
-    note: str
-    scored: ScoredRollout | None = None
-    prompts: Sequence[Sequence[int]] = field(default=())
 
 
 class Stage(ABC):
@@ -54,19 +42,13 @@ class Stage(ABC):
     def __init__(self, session: Session, *, num_steps: int, learning_rate: float, iterations: int = 1) -> None:
         config = session.config
         self.session, self.config, self.num_steps = session, config, num_steps
-        self.scoring = scoring(config)
-        self.guards = Guards(config)
+        self.policy = session.policy
+        self.scoring: Scoring = config  # until a guard lowers its fork_weight
         self.reference: StartingPolicy | None = None
-        kind = Trainer if deepspeed.engine_of(session.model) is None else ZeroTrainer
+        kind = Trainer if deepspeed.engine_of(self.policy.model) is None else DeepSpeedTrainer
+        total_steps = num_steps * iterations
         self.trainer = kind(
-            session.model,
-            session.accelerator,
-            learning_rate=learning_rate,
-            total_steps=num_steps * iterations,
-            warmup_steps=config.warmup_steps,
-            lr_schedule=config.lr_schedule,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
+            self.policy, session.accelerator, config, learning_rate=learning_rate, total_steps=total_steps
         )
 
     @property
@@ -74,62 +56,56 @@ class Stage(ABC):
         return False
 
     @abstractmethod
-    def take_step(self, step: int) -> Taken:
+    def take_step(self, step: int) -> StepResult:
         """Step number `step`, from 0."""
 
     def begin(self) -> None:
         """Before the first step of all: the policy as it is now is the starting policy."""
         if not self.needs_reference:
             return
-        self.reference = StartingPolicy(self.session.model)
+        self.reference = StartingPolicy(self.policy.model)
         if self.config.save_steps:
             state = self.reference.state_dict()
-            processes.on_main(lambda: files.save_tensors(self.session.run_dir / _STARTING_POLICY, state))
+            processes.on_main(lambda: save_tensors(self.session.run_dir / _STARTING_POLICY, state))
 
     def state_dict(self) -> dict[str, Any]:
         """Without the starting policy, which `begin` has put on the disk once."""
-        return {
-            "name": self.name,
-            "trainer": self.trainer.state_dict(),
-            "fork_weight": self.scoring.fork_weight,
-            "guards": self.guards.state_dict(),
-        }
+        return {"name": self.name, "trainer": self.trainer.state_dict(), "fork_weight": self.scoring.fork_weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
-        self.guards.load_state_dict(state["guards"])
-        self.scoring = dataclasses.replace(self.scoring, fork_weight=state["fork_weight"])
+        self.scoring = self.scoring.changed(fork_weight=state["fork_weight"])
         if self.needs_reference:
-            self.reference = StartingPolicy(self.session.model)
-            self.reference.load_state_dict(files.load_tensors(self.session.run_dir / _STARTING_POLICY))
+            self.reference = StartingPolicy(self.policy.model)
+            self.reference.load_state_dict(load_tensors(self.session.run_dir / _STARTING_POLICY))
 
     def sample(self, pairs: Sequence[TokenizedPair], step: int) -> ScoredRollout:
         """Cognitive filtering: G candidates for each prompt, scored from their own entropies."""
         session, config = self.session, self.config
         if session.sampler is not None:
-            session.sampler.update(session.model, session.tokenizer)
+            session.sampler.update(self.policy.model, session.form.tokenizer)
         rollout = roll_out(
-            session.model,
-            session.tokenizer,
+            self.policy,
+            session.form,
             [pair.prompt_ids for pair in pairs],
-            sampling(config),
-            end_token_ids=session.end_tokens,
-            marker=session.finders,
+            config,
             seed=config.seed,
             step=step,
             batch_size=config.rollout_batch_size,
             stats_temperature=config.score_temperature,
             sampler=session.sampler,
         )
-        return score_rollout(session.model, rollout, self.scoring, batch_size=config.micro_batch_size)
+        return score_rollout(self.policy, rollout, self.scoring, batch_size=config.micro_batch_size)
 
-    def rollout_row(self, scored: ScoredRollout, ref_logprobs: Tensor | None) -> dict[str, Any]:
+    def on_candidates(self, result: StepResult, scored: ScoredRollout, ref_logprobs: Tensor | None) -> StepResult:
+        """The step with what its candidates were."""
         row = {**rollout_metrics(scored), "gem/fork_repetition": fork_repetition(scored, self.scoring.top_m)}
         if ref_logprobs is not None:
             row["kl"] = mean_kl(scored, ref_logprobs)
-        if self.guards.action == "lower_fork_weight":
+        if self.config.guards == "lower_fork_weight":
             row["gem/fork_weight"] = self.scoring.fork_weight
-        return row
+        note = ", ".join(filter(None, [result.note, f"score {row['gem/score']:.3f}"]))
+        return dataclasses.replace(result, metrics={**result.metrics, **row}, note=note, scored=scored)
 
     def reference_logprobs(self, scored: ScoredRollout) -> Tensor | None:
         if self.reference is None:
@@ -137,11 +113,10 @@ class Stage(ABC):
         config = self.config
         with self.reference.active():
             return measured_stats(
-                self.session.model,
+                self.policy,
                 scored.rollout.batch,
                 temperature=config.score_temperature,
                 batch_size=config.micro_batch_size,
-                padding_free=config.padding_free,
             ).logprobs
 
     def batch(self, step: int) -> list[TokenizedPair]:
@@ -160,16 +135,9 @@ class Sft(Stage):
         num_steps = config.sft_epochs * per_epoch
         super().__init__(session, num_steps=num_steps, learning_rate=config.sft_learning_rate)
 
-    def take_step(self, step: int) -> Taken:
-        config = self.config
-        result = sft_step(
-            self.trainer,
-            batch_at(self.session.train_pairs, config.sft_batch_size, config.seed, step),
-            pad_id=self.session.tokenizer.pad_token_id,
-            micro_batch_size=config.micro_batch_size,
-            padding_free=config.padding_free,
-        )
-        return Taken(step_metrics(result), f"loss {result.loss:.3f}")
+    def take_step(self, step: int) -> StepResult:
+        pairs = batch_at(self.session.train_pairs, self.config.sft_batch_size, self.config.seed, step)
+        return sft_step(self.trainer, pairs, pad_id=self.session.form.pad_id)
 
 
 class Sega(Stage):
@@ -185,19 +153,16 @@ class Sega(Stage):
             learning_rate=config.learning_rate,
             iterations=config.num_iterations,
         )
-        self.update = sega_update(config)
 
     @property
     def needs_reference(self) -> bool:
         return self.config.beta > 0 or self.config.guards != "off"
 
-    def take_step(self, step: int) -> Taken:
-        pairs = self.batch(step)
-        scored = self.sample(pairs, step)
+    def take_step(self, step: int) -> StepResult:
+        scored = self.sample(self.batch(step), step)
         ref = self.reference_logprobs(scored)
-        result = sega_step(self.trainer, scored, self.update, ref_logprobs=ref)
-        row = {**step_metrics(result), **self.rollout_row(scored, ref)}
-        return Taken(row, f"score {row['gem/score']:.3f}", scored, [pair.prompt_ids for pair in pairs])
+        result = sega_step(self.trainer, scored, self.config, ref_logprobs=ref)
+        return self.on_candidates(result, scored, ref)
 
 
 class Dpo(Stage):
@@ -213,18 +178,14 @@ class Dpo(Stage):
     def needs_reference(self) -> bool:
         return True
 
-    def take_step(self, step: int) -> Taken:
+    def take_step(self, step: int) -> StepResult:
         return self.step_on(self.batch(step))
 
-    def step_on(self, pairs: Sequence[TokenizedPair]) -> Taken:
-        config = self.config
-        common = {"pad_id": self.session.tokenizer.pad_token_id, "padding_free": config.padding_free}
+    def step_on(self, pairs: Sequence[TokenizedPair]) -> StepResult:
+        pad_id = self.session.form.pad_id
         with self.reference.active():
-            ref = pair_logprobs(self.session.model, pairs, batch_size=config.micro_batch_size, **common)
-        result = dpo_step(
-            self.trainer, pairs, ref, dpo_beta=config.dpo_beta, micro_batch_size=config.micro_batch_size, **common
-        )
-        return Taken(step_metrics(result), f"loss {result.loss:.3f}")
+            ref = pair_logprobs(self.policy, pairs, pad_id=pad_id, batch_size=self.config.micro_batch_size)
+        return dpo_step(self.trainer, pairs, ref, self.config, pad_id=pad_id)
 
 
 class FilteredDpo(Dpo):
@@ -232,14 +193,12 @@ class FilteredDpo(Dpo):
 
     name = "filtered DPO"
 
-    def take_step(self, step: int) -> Taken:
-        given = self.batch(step)
-        scored = self.sample(given, step)
+    def take_step(self, step: int) -> StepResult:
+        scored = self.sample(self.batch(step), step)
         ref = self.reference_logprobs(scored) if self.config.guards != "off" else None
         pairs = filtered_pairs(scored)
-        taken = self.step_on(pairs) if pairs else Taken(step_metrics(None), "no pair")
-        row = {**taken.metrics, **self.rollout_row(scored, ref)}
-        return Taken(row, f"{taken.note}, score {row['gem/score']:.3f}", scored, [pair.prompt_ids for pair in given])
+        result = self.step_on(pairs) if pairs else dataclasses.replace(NO_STEP, note="no pair")
+        return self.on_candidates(result, scored, ref)
 
 
 OBJECTIVES: dict[str, type[Stage]] = {"sega": Sega, "filtered_dpo": FilteredDpo, "dpo": Dpo}
@@ -257,49 +216,3 @@ def batch_at(pairs: Sequence[TokenizedPair], size: int, seed: int, step: int) ->
     order = list(pairs)
     random.Random(seed * 1_000_003 + epoch).shuffle(order)
     return order[place * size : (place + 1) * size]
-
-
-def sampling(config: TrainConfig) -> Sampling:
-    return Sampling(
-        config.num_generations,
-        config.max_completion_length,
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.min_p,
-        config.repetition_penalty,
-    )
-
-
-def scoring(config: TrainConfig) -> Scoring:
-    return Scoring(
-        final_weight=config.final_weight,
-        fork_weight=config.fork_weight,
-        top_m=config.top_m,
-        no_answer=config.no_answer,
-        mapping=config.reward_mapping,
-        scale=config.reward_scale,
-        temperature=config.score_temperature,
-        mask_truncated=config.mask_truncated,
-        ranking=config.ranking,
-        trim=config.trim,
-        trim_mad=config.trim_mad,
-        trim_share=config.trim_share,
-        overlong_buffer=config.overlong_buffer,
-        overlong_penalty=config.overlong_penalty,
-        max_completion_length=config.max_completion_length,
-    )
-
-
-def sega_update(config: TrainConfig) -> SegaUpdate:
-    return SegaUpdate(
-        loss_type=config.loss_type,
-        max_completion_length=config.max_completion_length,
-        temperature=config.score_temperature,
-        micro_batch_size=config.micro_batch_size,
-        num_iterations=config.num_iterations,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        beta=config.beta,
-        padding_free=config.padding_free,
-    )

@@ -8,7 +8,6 @@ cost some of it: they end with the same numbers at the same steps.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import math
@@ -21,8 +20,10 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from gem.config.settings import TrainConfig
+from gem.data.answers import decode
 from gem.errors import UserError
 from gem.parallel import processes
 from gem.scoring.score import ScoredRollout
@@ -117,14 +118,16 @@ class Tracker:
         for sink in self.sinks:
             sink.write(values, total_steps)
 
-    def samples(self, scored: ScoredRollout, prompts: Sequence[str], step: int) -> None:
+    def samples(self, scored: ScoredRollout, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """All candidates of a step to completions.jsonl, and a table of the first prompts' on the console."""
         if COMPLETIONS not in self.files:
             return
+        batch = scored.rollout.batch
+        prompts = decode(tokenizer, [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask)])
         rows = completion_rows(scored, prompts, step)
         for row in rows:
             self.files[COMPLETIONS].write(row)
-        self.console.print(completion_table(rows[: 2 * scored.rollout.batch.num_generations], step))
+        self.console.print(completion_table(rows[: 2 * batch.num_generations], step))
 
     def close(self, failed: bool = False) -> None:
         """failed: the run ended with an error, which wandb shows. A second call does nothing."""
@@ -232,7 +235,7 @@ class _Trackio:
                     if run.id == before.read_text():
                         run.delete()
         # The run itself, not the module's functions: those belong to the run that the process has opened last.
-        self.run = trackio.init(project="gem", name=run_dir.name, config=dataclasses.asdict(config))
+        self.run = trackio.init(project="gem", name=run_dir.name, config=config.model_dump())
         before.write_text(self.run.id)
 
     def write(self, values: dict[str, float], step: int) -> None:
@@ -260,7 +263,7 @@ class _Wandb:
         self.run = wandb.init(
             project="gem",
             name=run_dir.name,
-            config=dataclasses.asdict(config),
+            config=config.model_dump(),
             dir=str(run_dir),
             id=name,
             resume="allow" if resumed else "never",

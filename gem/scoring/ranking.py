@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gem.scoring.forks import answer_and_reasoning, num_fork_tokens
+from gem_kernels import LinearScore
 
 # Probabilities are kept this far from 0 and 1 before strengths are fitted. Beyond it (3.1 standard errors) the normal
 # tail says more than its assumptions bear, and with a pair that is certain the likelihood has no maximum.
@@ -29,36 +30,49 @@ MAD_TO_SD = 1.4826
 
 def score_standard_errors(
     entropy: Tensor,
+    logprobs: Tensor,
     completion_mask: Tensor,
     answer_start: Tensor,
     group_size: int,
     *,
-    final_weight: float = 1.0,
-    fork_weight: float = 1.0,
+    linear: LinearScore,
     top_m: float | int = 0.1,
 ) -> Tensor:
-    """Standard error of S = -final_weight * H_final + fork_weight * H_fork: [P, G] float64, nats.
+    """Standard error of a linear score S = sum_f c_f x_f: [P, G] float64, in units of S.
 
         se(mean of n values) = sd / sqrt(n),  sd the sample deviation (n - 1)                    [delta method, exact
-        se(S)^2 = final_weight^2 * se(H_final)^2 + fork_weight^2 * se(H_fork)^2                   for a linear S]
+        se(S)^2 = sum_f c_f^2 se(x_f)^2                                                           for a linear S]
 
-    A span of one token shows no spread of its own: it is given the pooled deviation of its group's spans of the same
-    kind (sum of squares over sum of degrees of freedom), 0 where no span of the group has two tokens.
+    A sum of n values has n times the error of its mean. Largest, smallest and length are taken as known. A span of one
+    token shows no spread of its own: it is given the pooled deviation of its group's spans of the same kind (sum of
+    squares over sum of degrees of freedom), 0 where no span of the group has two tokens.
 
     Args:
-        entropy: [B, T] nats; completion_mask: [B, T] bool, True counts, padded on the right.
+        entropy, logprobs: [B, T] nats; completion_mask: [B, T] bool, True counts, padded on the right.
         answer_start: [B], as for `gem_kernels.entropy_scores`: outside [0, length) the last fifth is the answer.
         top_m: a share (float, the decimal it is written as) or a count (int) of the reasoning tokens.
     """
-    values = entropy.double()
+    values, logprobs = entropy.double(), logprobs.double()
     answer, reasoning = answer_and_reasoning(completion_mask, answer_start)
     num_top = num_fork_tokens(reasoning.sum(1), top_m)
     column = torch.arange(completion_mask.shape[1], device=entropy.device)
     ordered = values.masked_fill(~reasoning, -torch.inf).sort(1, descending=True).values
     top = column < num_top[:, None]
-    final = _mean_variance(values, answer, group_size)
-    fork = _mean_variance(ordered.masked_fill(~top, 0.0), top, group_size)
-    return (final_weight**2 * final + fork_weight**2 * fork).sqrt()
+    spans = {
+        "final_entropy": (values, answer),
+        "fork_entropy": (ordered.masked_fill(~top, 0.0), top),
+        "reasoning_entropy": (values, reasoning),
+        "mean_entropy": (values, completion_mask),
+        "mean_logprob": (logprobs, completion_mask),
+        "sum_logprob": (logprobs, completion_mask),
+    }
+    lengths = completion_mask.sum(1).view(-1, group_size)
+    variance = torch.zeros(lengths.shape, dtype=torch.float64, device=entropy.device)
+    for name, (numbers, mask) in spans.items():
+        if coefficient := linear.coefficient(name):
+            of_mean = _mean_variance(numbers, mask, group_size)
+            variance += coefficient**2 * (of_mean * lengths**2 if name == "sum_logprob" else of_mean)
+    return variance.sqrt()
 
 
 def _mean_variance(values: Tensor, mask: Tensor, group_size: int) -> Tensor:

@@ -7,34 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from gem.model.forward import measured_stats
-from gem.progress import Progress
+from gem.config.settings import Scoring
+from gem.model.forward import Policy, measured_stats
+from gem.progress import Bar
 from gem.rollout.sample import Rollout
 from gem.scoring import ranking
-from gem_kernels import EntropyScores, entropy_scores, group_advantages
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """S = -final_weight * H_final + fork_weight * H_fork, and how scores become advantages."""
-
-    final_weight: float = 1.0
-    fork_weight: float = 1.0
-    top_m: float | int = 0.1
-    no_answer: str = "tail"
-    mapping: str = "identity"
-    scale: str = "none"
-    temperature: float = 1.0  # of the entropies; 1.0 is the model itself, however it was sampled
-    mask_truncated: bool = False
-    ranking: str = "score"  # the reward: the score, or bradley_terry: its log-strength within the group
-    trim: str = "none"
-    trim_mad: float = 3.0
-    trim_share: float = 0.25
-    overlong_buffer: int = 0  # tokens; 0: no penalty
-    overlong_penalty: float = 1.0
-    max_completion_length: int = 0  # needed where overlong_buffer is
+from gem_kernels import CompletionFeatures, EntropyScores, LinearScore, completion_features, group_advantages
 
 
 @dataclass(frozen=True)
@@ -46,7 +25,8 @@ class ScoredRollout:
     """
 
     rollout: Rollout
-    scores: EntropyScores
+    scores: EntropyScores  # the paper's, or the linear score that was asked for
+    features: CompletionFeatures
     advantages: torch.Tensor
     logprobs: torch.Tensor  # [B, T] fp32
     entropy: torch.Tensor  # [B, T] fp32, nats
@@ -59,45 +39,56 @@ class ScoredRollout:
 
 
 def score_rollout(
-    model: PreTrainedModel,
+    policy: Policy,
     rollout: Rollout,
     scoring: Scoring,
     *,
+    linear: LinearScore | None = None,
     batch_size: int,
-    progress: Progress | None = None,
+    bar: Bar | None = None,
 ) -> ScoredRollout:
     """Scores every candidate with the model as it is now, `batch_size` prompts a forward.
 
-    Where the sampler recorded log-probs and entropies (of that same model, at `scoring.temperature`) there is no
+    linear: a score of named features (a calibrated one, say) in place of the paper's, whose weights then do not count.
+
+    Where the sampler recorded log-probs and entropies (of that same model, at `score_temperature`) there is no
     forward at all.
     """
     if rollout.entropy is None or rollout.logprobs is None:
         stats = measured_stats(
-            model, rollout.batch, temperature=scoring.temperature, batch_size=batch_size, progress=progress
+            policy, rollout.batch, temperature=scoring.score_temperature, batch_size=batch_size, bar=bar
         )
         logprobs, entropy = stats.logprobs, stats.entropy
     else:
         logprobs, entropy = rollout.logprobs, rollout.entropy
-        if progress is not None:
-            progress.advance(len(rollout.batch.prompt_ids))
-    return rank_candidates(rollout, logprobs, entropy, scoring)
+        if bar is not None:
+            bar.advance(len(rollout.batch.prompt_ids))
+    return rank_candidates(rollout, logprobs, entropy, scoring, linear)
 
 
-def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Tensor, scoring: Scoring) -> ScoredRollout:
+def rank_candidates(
+    rollout: Rollout,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    scoring: Scoring,
+    linear: LinearScore | None = None,
+) -> ScoredRollout:
     """Token statistics [B, T] -> scores, their errors, the reward of each candidate, advantages and pairs.
 
     Trimming looks at the scores; the overlong penalty is added to the reward before it is mapped.
     """
     batch = rollout.batch
     groups = (-1, batch.num_generations)
-    scores = _scores(rollout, entropy, scoring)
+    linear = linear or paper_score(scoring)
+    features = rollout_features(rollout, logprobs, entropy, scoring)
+    scores = EntropyScores(features.score(linear), features.final_entropy, features.fork_entropy, features.valid)
     kept = ranking.trim(
         scores.score.view(groups), scores.valid.view(groups), scoring.trim,
         mad=scoring.trim_mad, share=scoring.trim_share,
     )  # fmt: skip
     errors = ranking.score_standard_errors(
-        entropy, batch.completion_mask, rollout.spans.answer_start, batch.num_generations,
-        final_weight=scoring.final_weight, fork_weight=scoring.fork_weight, top_m=scoring.top_m,
+        entropy, logprobs, batch.completion_mask, rollout.spans.answer_start, batch.num_generations,
+        linear=linear, top_m=scoring.top_m,
     )  # fmt: skip
     wins = ranking.win_probabilities(scores.score.view(groups), errors, kept)
     strengths = ranking.bradley_terry(wins, kept)
@@ -107,13 +98,14 @@ def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Ten
         rewards = rewards + scoring.overlong_penalty * penalty.view(groups)
     advantages = group_advantages(
         rewards.flatten().float(), batch.num_generations, valid=kept.flatten(),
-        mapping=scoring.mapping, scale=scoring.scale,
+        mapping=scoring.reward_mapping, scale=scoring.reward_scale,
     )  # fmt: skip
     pairs = ranking.best_and_worst(rewards, kept)
     different = torch.tensor([not _same_tokens(batch, *pair) for pair in pairs.tolist()], dtype=torch.bool)
     return ScoredRollout(
         rollout=rollout,
         scores=dataclasses.replace(scores, valid=kept.flatten()),
+        features=features,
         advantages=advantages,
         logprobs=logprobs,
         entropy=entropy,
@@ -148,20 +140,24 @@ def ranking_metrics(scored: ScoredRollout) -> dict[str, float]:
     return {key: value for key, value in row.items() if not math.isnan(value)}
 
 
-def _scores(rollout: Rollout, entropy: torch.Tensor, scoring: Scoring) -> EntropyScores:
-    scores = entropy_scores(
+def paper_score(scoring: Scoring) -> LinearScore:
+    """S = -final_weight * H_final + fork_weight * H_fork."""
+    return LinearScore({"final_entropy": -scoring.final_weight, "fork_entropy": scoring.fork_weight})
+
+
+def rollout_features(
+    rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Tensor, scoring: Scoring
+) -> CompletionFeatures:
+    """What a linear score is made of, one number a candidate."""
+    return completion_features(
         entropy,
+        logprobs,
         completion_mask=rollout.batch.completion_mask,
         answer_start=rollout.spans.answer_start,
-        fork_weight=scoring.fork_weight,
         top_m=scoring.top_m,
         no_answer=scoring.no_answer,
         valid=~rollout.truncated if scoring.mask_truncated else None,
     )
-    if scoring.final_weight == 1:
-        return scores
-    score = scoring.fork_weight * scores.fork_entropy - scoring.final_weight * scores.final_entropy
-    return dataclasses.replace(scores, score=score)
 
 
 def _same_tokens(batch, one: int, other: int) -> bool:

@@ -9,33 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gem.model.forward import Policy
 from gem.parallel import deepspeed, processes
-from gem.update.optimizer import Item, StepOutcome, Trainer
+from gem.update.optimizer import Item, StepResult, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroTrainer(Trainer):
+class DeepSpeedTrainer(Trainer):
     """For a model that `deepspeed.prepare` put under an engine. One at a time: a new one starts the optimizer anew."""
 
-    def __init__(self, model: nn.Module, *arguments: Any, weight_decay: float = 0.0, **more: Any) -> None:
-        self.engine = deepspeed.engine_of(model)
-        super().__init__(model, *arguments, weight_decay=weight_decay, **more)
+    def __init__(self, policy: Policy, *arguments: Any, **more: Any) -> None:
+        self.engine = deepspeed.engine_of(policy.model)
+        super().__init__(policy, *arguments, **more)
         self._sharded = True  # the processes must run as many backward passes as each other
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = self.settings.weight_decay
         self._make_moments()
 
-    def _make_optimizer(self, weight_decay: float) -> Any:
+    def _make_optimizer(self) -> Any:
         return self.engine.optimizer
 
-    def micro_batches(self, items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], float]]:
-        parts = list(super().micro_batches(items, size))
+    def micro_batches(self, items: Sequence[Item]) -> Iterator[tuple[list[Item], float]]:
+        parts = list(super().micro_batches(items))
         for number, part in enumerate(parts, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(parts))
             yield part
@@ -46,16 +48,16 @@ class ZeroTrainer(Trainer):
         factor = torch.where(loss.detach().isfinite(), float(processes.world_size()), math.nan)
         self.engine.backward(loss * factor, scale_wrt_gas=False)  # ZeRO takes the mean over the processes
 
-    def step(self) -> StepOutcome:
-        loss, outcome = self._summed_loss(), StepOutcome(0.0, 0.0, False)
+    def step(self) -> StepResult:
+        result = StepResult(self._summed_loss(), 0.0, self.learning_rate)
         if self._loss is not None:  # else there was no backward, in any process
             self._set_rate(self.learning_rate)
             self.engine.step()
             skipped = not self.engine.was_step_applied()
             norm = math.nan if skipped else float(self.engine.get_global_grad_norm())
-            outcome = StepOutcome(loss, norm, skipped)
-        self._finish(outcome.skipped)
-        return outcome
+            result = replace(result, grad_norm=norm, skipped=skipped)
+        self._finish(result.skipped)
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """As the plain Trainer's, but for the number of steps, which is one for all moments. A collective."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gem.config.settings import DpoUpdate
 from gem.data.batches import TokenizedPair, collate_pairs
 from gem.model.forward import completion_stats
 from gem.parallel import processes
@@ -16,14 +18,7 @@ from gem.update.optimizer import StepResult, Trainer
 
 
 def dpo_step(
-    trainer: Trainer,
-    pairs: Sequence[TokenizedPair],
-    ref_logprobs: Tensor,
-    *,
-    dpo_beta: float,
-    pad_id: int,
-    micro_batch_size: int,
-    padding_free: bool = False,
+    trainer: Trainer, pairs: Sequence[TokenizedPair], ref_logprobs: Tensor, settings: DpoUpdate, *, pad_id: int
 ) -> StepResult:
     """One step on the mean over pairs of -log sigma(dpo_beta * ((lc - lc_ref) - (lr - lr_ref))).
 
@@ -31,25 +26,25 @@ def dpo_step(
     `gem.model.forward.pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
     """
     order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)))
-    learning_rate = trainer.learning_rate
     sums = torch.zeros(4, dtype=torch.float64)  # rewards of chosen and rejected, pairs won, ties counting half
-    trainer.model.train()
-    for members, weight in trainer.micro_batches(order, micro_batch_size):
+
+    def loss_of(members: list[int], weight: float) -> Tensor:
         batch = collate_pairs([pairs[i] for i in members], pad_id)
-        stats = completion_stats(trainer.model, batch, padding_free=padding_free)
-        logprobs = stats.logprobs.sum(1).view(-1, 2)
-        rewards = dpo_beta * (logprobs - ref_logprobs[members].to(logprobs))
+        logprobs = completion_stats(trainer.policy, batch).logprobs.sum(1).view(-1, 2)
+        rewards = settings.dpo_beta * (logprobs - ref_logprobs[members].to(logprobs))
         margins = rewards[:, 0] - rewards[:, 1]
-        trainer.backward(-weight * F.logsigmoid(margins).sum() / len(pairs))
         won = (margins.detach().sign() + 1) / 2
-        sums += weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double().cpu()
-    trainer.model.eval()
-    outcome = trainer.step()
+        sums.add_(weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double().cpu())
+        return -F.logsigmoid(margins).sum() / len(pairs)
+
+    result = trainer.take_step(order, loss_of)
     names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-    metrics = {name: value / len(pairs) for name, value in zip(names, processes.sum_over_processes(sums.tolist()))}
-    num_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    return StepResult(
-        outcome.loss, outcome.grad_norm, learning_rate, num_tokens, 2 * len(pairs), outcome.skipped, metrics
+    return replace(
+        result,
+        num_tokens=sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs),
+        num_sequences=2 * len(pairs),
+        metrics={name: value / len(pairs) for name, value in zip(names, processes.sum_over_processes(sums.tolist()))},
+        note=f"loss {result.loss:.3f}",
     )
 
 

@@ -1,17 +1,12 @@
-"""A model with AdamW and its learning rate, over any number of processes.
+"""A policy with AdamW and its learning rate, over any number of processes.
 
-    for part, weight in trainer.micro_batches(items, size):
-        trainer.backward(weight * loss_of(part))
-    outcome = trainer.step()
-
-The losses given to `backward` are parts of one sum: each is already divided by the whole step's count, over all
-processes. The gradient is the gradient of that sum, whatever the micro-batches and the number of processes.
+result = trainer.take_step(items, lambda part, weight: loss_of(part))
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gem.config.settings import OptimizerSettings
+from gem.model.forward import Policy
 from gem.parallel import processes
+from gem.scoring.score import ScoredRollout
 
 Item = TypeVar("Item")
 # Elements of the gradient that are reduced together: 64 MiB of float32.
@@ -29,15 +27,25 @@ _BUCKET = 1 << 24
 
 
 @dataclass(frozen=True)
-class StepOutcome:
-    """What a step did. `loss` is the sum of the losses, over micro-batches and processes; `grad_norm` before clipping.
+class StepResult:
+    """What an optimizer step did, or the `num_iterations` of a SEGA step: loss and grad_norm are then their means.
 
-    `skipped`: the loss or the norm was not finite, and the weights are as they were.
+    loss is the sum over micro-batches and processes, grad_norm the norm before clipping, learning_rate that of the
+    first step (None: there was nothing to learn from), num_tokens what the gradients were made of.
     """
 
     loss: float
     grad_norm: float
-    skipped: bool
+    learning_rate: float | None = None
+    skipped: bool = False  # the loss or a gradient was not finite, or there was none: at least one step was not taken
+    num_tokens: int = 0
+    num_sequences: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # more of the objective's own, under TRL's names
+    note: str = ""  # a few words for the progress bar
+    scored: ScoredRollout | None = None  # the candidates, where there were any
+
+
+NO_STEP = StepResult(0.0, 0.0, skipped=True)
 
 
 class Trainer:
@@ -49,51 +57,59 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        policy: Policy,
         accelerator: Accelerator,
+        settings: OptimizerSettings,
         *,
         learning_rate: float,
         total_steps: int,
-        warmup_steps: int = 0,
-        lr_schedule: str = "constant",
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
     ) -> None:
-        self.model = model  # as processes.prepare_model returned it
-        self.accelerator = accelerator
-        self.max_grad_norm = max_grad_norm
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self._sharded = processes.is_sharded(model)
-        self.optimizer = self._make_optimizer(weight_decay)
-        self.base_rate = learning_rate
-        self.schedule = (total_steps, warmup_steps, lr_schedule)
+        self.policy, self.model = policy, policy.model  # as processes.prepare_model returned it
+        self.accelerator, self.settings = accelerator, settings
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._sharded = processes.is_sharded(self.model)
+        self.base_rate, self.total_steps = learning_rate, total_steps
+        self.optimizer = self._make_optimizer()
         self.num_steps = 0
         self.bad_steps = 0  # skipped ones in a row
         self._loss: Tensor | None = None
 
-    def _make_optimizer(self, weight_decay: float) -> torch.optim.Optimizer:
+    def _make_optimizer(self) -> torch.optim.Optimizer:
         self.parameters = [_master(p) for p in self.trained]  # what the optimizer moves
         # On the CPU the fused AdamW takes a seventh of the plain one's time: it passes over the weights once.
         fused = not self._sharded and all(p.device.type == "cpu" for p in self.parameters)
-        return torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=fused or None)
+        return torch.optim.AdamW(self.parameters, weight_decay=self.settings.weight_decay, fused=fused or None)
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        total, warmup, kind = self.schedule
+        total, warmup = self.total_steps, self.settings.warmup_steps
         if self.num_steps < warmup:
             return self.base_rate * (self.num_steps + 1) / warmup
-        if kind == "linear":
+        if self.settings.lr_schedule == "linear":
             return self.base_rate * max(0.0, (total - self.num_steps) / max(1, total - warmup))
         return self.base_rate
 
-    def micro_batches(self, items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], float]]:
-        """This process's share of the step's `items`, `size` at a time, each with the weight of its loss, 1.0.
+    def take_step(self, items: Sequence[Item], loss_of: Callable[[list[Item], float], Tensor]) -> StepResult:
+        """One step on the sum of `loss_of(part, weight)` over the micro-batches of `items`.
+
+        A loss is already divided by the whole step's count, over all processes, so the gradient is the gradient of
+        that sum, whatever the micro-batches and the number of processes. weight: 1, or 0 where a part is run only to
+        keep in step with another process, and nothing of it may be counted.
+        """
+        self.model.train()
+        for part, weight in self.micro_batches(items):
+            self.backward(weight * loss_of(part, weight))
+        self.model.eval()
+        return self.step()
+
+    def micro_batches(self, items: Sequence[Item]) -> Iterator[tuple[list[Item], float]]:
+        """This process's share of the step's `items`, in micro-batches, each with the weight of its loss, 1.0.
 
         Sharded processes must run as many forwards as each other: where one has fewer, it gets its first items, or
         the step's, once more with weight 0.0.
         """
-        mine = list(processes.share(items))
+        mine, size = list(processes.share(items)), self.settings.micro_batch_size
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         yield from ((part, 1.0) for part in parts)
         if self._sharded:
@@ -113,18 +129,18 @@ class Trainer:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def step(self) -> StepOutcome:
+    def step(self) -> StepResult:
         """Sums the gradient over the processes, clips it, takes the step and clears it."""
         if processes.world_size() > 1 and not self._sharded:
             self._reduce_gradients()
-        loss, norm = self._summed_loss(), self._clip()
+        loss, norm, rate = self._summed_loss(), self._clip(), self.learning_rate
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
-            self._set_rate(self.learning_rate)
+            self._set_rate(rate)
             self._step_weights()
         self.optimizer.zero_grad(set_to_none=True)
         self._finish(skipped)
-        return StepOutcome(loss, norm, skipped)
+        return StepResult(loss, norm, rate, skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and master weights (whole, on the CPU) and counts: tensors and numbers. A collective if sharded."""
@@ -186,8 +202,8 @@ class Trainer:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         size = float(norm)
-        if not size <= self.max_grad_norm:  # else it would be a pass over the gradient to multiply it by 1
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        if not size <= self.settings.max_grad_norm:  # else it would be a pass over the gradient to multiply it by 1
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         return size
 
     @torch.no_grad()
@@ -223,19 +239,3 @@ def _sum_together(gradients: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for grad, total in zip(gradients, flat.split([grad.numel() for grad in gradients])):
         grad.copy_(total.view_as(grad))
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did, or the `num_iterations` of a SEGA step: loss and grad_norm are then their means.
-
-    grad_norm is the norm before clipping, learning_rate that of the first, num_tokens what the gradients were made of.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    num_sequences: int
-    skipped: bool = False  # the loss or a gradient was not finite: at least one step was not taken
-    metrics: dict[str, float] = field(default_factory=dict)  # more of the objective's own, under TRL's names

@@ -1,4 +1,4 @@
-"""Optimizer steps: reflective SFT on chosen answers, SEGA on scored candidates, DPO on pairs.
+"""SEGA: steps on scored candidates.
 
 A step is a fixed set of sequences; micro-batches and processes only bound memory and time. Each loss is divided by the
 count of the whole step, which every process knows, so the gradient is the same for 1 x 8 and 4 x 2.
@@ -8,50 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gem.config.settings import SegaUpdate
 from gem.data.batches import select_groups
 from gem.model.forward import completion_policy_loss, completion_sega_loss
 from gem.parallel import processes
 from gem.scoring.score import ScoredRollout
-from gem.update.optimizer import StepResult, Trainer
-
-
-@dataclass(frozen=True)
-class SegaUpdate:
-    """How a scored rollout becomes gradients.
-
-    With one iteration, no clipping and no KL term the loss of a token is -A logprob (gem_kernels.sega_loss); otherwise
-
-        -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3,    r = exp(logprob - logprob when it was sampled)
-        k3 = exp(d) - d - 1,    d = logprob of the starting policy - logprob
-
-    (PPO's clipped surrogate, arXiv 1707.06347, Eq. 7, two-sided as in DAPO, arXiv 2503.14476, Eq. 8; k3 as in GRPO,
-    arXiv 2402.03300, Eq. 4). Tokens are weighed and summed as `loss_type` says. Where r = 1 the two have one gradient.
-    """
-
-    loss_type: str = "sum"
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    micro_batch_size: int = 4  # prompts
-    num_iterations: int = 1  # optimizer steps on the same candidates
-    epsilon: float | None = None  # none: r is not clipped
-    epsilon_high: float | None = None  # none: epsilon
-    beta: float = 0.0  # per token, nats
-    padding_free: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        return self.num_iterations == 1 and self.epsilon is None and self.beta == 0
+from gem.update.optimizer import NO_STEP, StepResult, Trainer
 
 
 def sega_step(
-    trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, *, ref_logprobs: Tensor | None = None
-) -> StepResult | None:
-    """`num_iterations` steps on the candidates' loss; None, and no step, where nothing has a gradient.
+    trainer: Trainer, scored: ScoredRollout, settings: SegaUpdate, *, ref_logprobs: Tensor | None = None
+) -> StepResult:
+    """`num_iterations` steps on the candidates' loss; NO_STEP where nothing has a gradient.
 
     Groups whose advantages are all zero add nothing but their KL term; where there is none they are not run, but stay
     in the denominator.
@@ -60,76 +33,56 @@ def sega_step(
         scored: of the whole step, on every process; its log-probs are those of the policy that sampled.
         ref_logprobs: [B, T], those of the starting policy; needed where beta > 0, else only for the metric "kl".
     """
-    if update.beta > 0 and ref_logprobs is None:
+    if settings.beta > 0 and ref_logprobs is None:
         raise ValueError("ref_logprobs: expected the starting policy's log-probs where beta > 0, got None")
-    groups = groups_with_gradient(scored) if update.beta == 0 else groups_with_valid(scored)
+    groups = groups_with_gradient(scored) if settings.beta == 0 else groups_with_valid(scored)
     if not groups:
-        return None
+        return NO_STEP
     lengths = scored.rollout.batch.lengths.view(-1, scored.rollout.batch.num_generations)
     groups.sort(key=lambda group: int(lengths[group].max()))  # of like length: less padding
-    first = trainer.learning_rate
-    if update.is_plain:
-        results = [_plain_iteration(trainer, scored, update, groups)]
+    if settings.is_plain:
+        results = [_plain_iteration(trainer, scored, settings, groups)]
     else:
-        inputs = _token_inputs(scored, update, ref_logprobs)
-        results = [_clipped_iteration(trainer, scored, update, groups, inputs) for _ in range(update.num_iterations)]
+        inputs = _token_inputs(scored, settings, ref_logprobs)
+        results = [
+            _clipped_iteration(trainer, scored, settings, groups, inputs) for _ in range(settings.num_iterations)
+        ]
     num_tokens = int(lengths[groups].sum()) * len(results)
-    num_sequences = len(groups) * lengths.shape[1]
-    return replace(_mean(results), learning_rate=first, num_tokens=num_tokens, num_sequences=num_sequences)
+    return replace(_mean(results), num_tokens=num_tokens, num_sequences=len(groups) * lengths.shape[1])
 
 
-def _plain_iteration(trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, groups: list[int]) -> StepResult:
+def _plain_iteration(trainer: Trainer, scored: ScoredRollout, settings: SegaUpdate, groups: list[int]) -> StepResult:
     batch, valid = scored.rollout.batch, scored.scores.valid
-    denominator = sega_denominator(
-        valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
-    )
-    trainer.model.train()
-    for members, weight in trainer.micro_batches(groups, update.micro_batch_size):
+    denominator = sega_denominator(valid, batch.lengths, settings)
+
+    def loss_of(members: list[int], weight: float) -> Tensor:
         part, rows = select_groups(batch, members)
-        output = completion_sega_loss(
-            trainer.model,
-            part,
-            advantages=scored.advantages[rows],
-            valid=valid[rows],
-            denominator=denominator,
-            loss_type=update.loss_type,
-            max_completion_length=update.max_completion_length,
-            temperature=update.temperature,
-            padding_free=update.padding_free,
-        )
-        trainer.backward(weight * output.loss)
-    trainer.model.eval()
-    outcome = trainer.step()
-    return StepResult(outcome.loss, outcome.grad_norm, 0.0, 0, 0, outcome.skipped)
+        advantages = scored.advantages[rows]
+        return completion_sega_loss(
+            trainer.policy, part, settings, advantages=advantages, valid=valid[rows], denominator=denominator
+        ).loss
+
+    return trainer.take_step(groups, loss_of)
 
 
 def _clipped_iteration(
-    trainer: Trainer, scored: ScoredRollout, update: SegaUpdate, groups: list[int], inputs: dict[str, Tensor]
+    trainer: Trainer, scored: ScoredRollout, settings: SegaUpdate, groups: list[int], inputs: dict[str, Tensor]
 ) -> StepResult:
-    low, high = clip_range(update.epsilon, update.epsilon_high)
+    low, high = clip_range(settings.epsilon, settings.epsilon_high)
+    sums = torch.zeros(4, dtype=torch.float64)
 
     def token_loss(logprobs: Tensor, entropy: Tensor, **inputs: Tensor) -> Tensor:
-        return clipped_loss(logprobs, **inputs, low=low, high=high, beta=update.beta)
+        return clipped_loss(logprobs, **inputs, low=low, high=high, beta=settings.beta)
 
-    sums = torch.zeros(4, dtype=torch.float64)
-    trainer.model.train()
-    for members, weight in trainer.micro_batches(groups, update.micro_batch_size):
+    def loss_of(members: list[int], weight: float) -> Tensor:
         part, rows = select_groups(scored.rollout.batch, members)
-        width = part.completion_ids.shape[1]
-        mine = {name: value[rows, :width] for name, value in inputs.items()}
-        output = completion_policy_loss(
-            trainer.model,
-            part,
-            token_loss,
-            mine,
-            temperature=update.temperature,
-            padding_free=update.padding_free,
-        )
-        trainer.backward(weight * output.loss)
+        mine = {name: value[rows, : part.completion_ids.shape[1]] for name, value in inputs.items()}
+        output = completion_policy_loss(trainer.policy, part, token_loss, mine, temperature=settings.score_temperature)
         if weight:
-            sums += drift_sums(output.logprobs.cpu(), mine, low, high)
-    trainer.model.eval()
-    outcome = trainer.step()
+            sums.add_(drift_sums(output.logprobs.cpu(), mine, low, high))
+        return output.loss
+
+    result = trainer.take_step(groups, loss_of)
     count, clipped_low, clipped_high, kl = processes.sum_over_processes(sums.tolist())
     metrics = {
         "clip_ratio/low_mean": clipped_low / max(1.0, count),
@@ -138,7 +91,7 @@ def _clipped_iteration(
     }
     if "ref" in inputs:
         metrics["kl"] = kl / max(1.0, count)
-    return StepResult(outcome.loss, outcome.grad_norm, 0.0, 0, 0, outcome.skipped, metrics)
+    return replace(result, metrics=metrics)
 
 
 def clip_range(epsilon: float | None, epsilon_high: float | None) -> tuple[float, float]:
@@ -203,28 +156,24 @@ def groups_with_valid(scored: ScoredRollout) -> list[int]:
     return _groups_with(scored.scores.valid, scored)
 
 
-def sega_denominator(
-    valid: torch.Tensor, lengths: torch.Tensor, loss_type: str, *, max_completion_length: int
-) -> float:
+def sega_denominator(valid: Tensor, lengths: Tensor, settings: SegaUpdate) -> float:
     """Z of the SEGA loss over a whole step: valid sequences, their tokens, or sequences * max_completion_length."""
-    if loss_type == "token":
+    if settings.loss_type == "token":
         return float(lengths[valid].sum())
     sequences = float(valid.sum())
-    return sequences * max_completion_length if loss_type == "constant" else sequences
+    return sequences * settings.max_completion_length if settings.loss_type == "constant" else sequences
 
 
 def _groups_with(rows: Tensor, scored: ScoredRollout) -> list[int]:
     return rows.view(-1, scored.rollout.batch.num_generations).any(1).nonzero().flatten().tolist()
 
 
-def _token_inputs(scored: ScoredRollout, update: SegaUpdate, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
+def _token_inputs(scored: ScoredRollout, settings: SegaUpdate, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
     """What each token's loss needs, [B, T]: `weights` is c_i / Z, 0 under the padding and on invalid sequences."""
     batch, valid = scored.rollout.batch, scored.scores.valid
-    denominator = sega_denominator(
-        valid, batch.lengths, update.loss_type, max_completion_length=update.max_completion_length
-    )
+    denominator = sega_denominator(valid, batch.lengths, settings)
     weights = batch.completion_mask * (valid / max(1.0, denominator))[:, None]
-    if update.loss_type == "mean":
+    if settings.loss_type == "mean":
         weights = weights / batch.lengths.clamp_min(1)[:, None]
     inputs = {
         "old": scored.logprobs,
@@ -235,15 +184,12 @@ def _token_inputs(scored: ScoredRollout, update: SegaUpdate, ref_logprobs: Tenso
 
 
 def _mean(results: Sequence[StepResult]) -> StepResult:
-    """Of the steps that were taken; of all where none was."""
+    """Of the steps that were taken, of all where none was; with the learning rate of the first."""
     taken = [result for result in results if not result.skipped] or results
-    metrics = {name: sum(r.metrics[name] for r in taken) / len(taken) for name in taken[0].metrics}
-    return StepResult(
+    return replace(
+        results[0],
         loss=sum(r.loss for r in taken) / len(taken),
         grad_norm=sum(r.grad_norm for r in taken) / len(taken),
-        learning_rate=0.0,
-        num_tokens=0,
-        num_sequences=0,
         skipped=any(result.skipped for result in results),
-        metrics=metrics,
+        metrics={name: sum(r.metrics[name] for r in taken) / len(taken) for name in taken[0].metrics},
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import arguments
 from .cpu import row_stats as cpu
+from .types import RowGradients, RowOptions, RowStats
 
 
 def row_view(logits: Tensor) -> Tensor | None:
@@ -33,33 +34,30 @@ def row_view(logits: Tensor) -> Tensor | None:
     return view if (within and apart) or transposed else None
 
 
-def rows_forward(rows, targets, temperature, temperatures, softcap, ignore_index, backend):
-    """[R1, R2, V] (see row_view), targets [N] int64 -> logprobs, entropy, row_max, log_sum [N]. Nothing is checked."""
-    if backend == "triton":
-        from .triton import launch
+def rows_forward(rows: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
+    """[R1, R2, V] (see row_view), targets [N] int64, contiguous. Nothing is checked."""
+    if options.backend != "triton":
+        return cpu.row_stats_forward(rows, targets, options)
+    from .triton import launch
 
-        return launch.row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_index)
-    tau = temperature if temperatures is None else temperatures
-    return cpu.row_stats_forward(rows, targets, tau, softcap, ignore_index, compiled=backend == "cpu")
+    return launch.row_stats_forward(rows, targets, options)
 
 
-def rows_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, backend):
-    """Writes dL/drows into `grad` [R1, R2, V], which may be `rows`.
-
-    stats: row_max, log_sum, entropy, dL/dlogprobs, dL/dentropy, each [N] float32 and contiguous.
-    """
-    if backend == "triton":
-        from .triton import launch
-
-        launch.row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats)
+def rows_backward(grad: Tensor, rows: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients) -> None:
+    """Writes dL/drows into `grad` [R1, R2, V], which may be `rows`. The vectors are contiguous."""
+    if options.backend != "triton":
+        cpu.row_stats_backward(grad, rows, targets, options, vectors)
         return
-    tau = temperature if temperatures is None else temperatures
-    cpu.row_stats_backward(grad, rows, targets, tau, softcap, ignore_index, *stats, compiled=backend == "cpu")
+    from .triton import launch
+
+    launch.row_stats_backward(grad, rows, targets, options, vectors)
 
 
-def check_values(targets: Tensor, temperatures: Tensor | None, ignore_index: int, V: int) -> None:
+def check_values(targets: Tensor, options: RowOptions, V: int) -> None:
+    """On the CPU: targets in [0, V) or ignored, temperatures finite and above 0."""
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
+    ignore_index, temperatures = options.ignore_index, options.temperatures
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if bool(outside.any()):
         value = int(targets[outside][0])

@@ -55,7 +55,7 @@ def check_threshold(active_vocab: Any, sharded: bool) -> float | None:
     if isinstance(active_vocab, bool) or not isinstance(active_vocab, (int, float)) or not 0 <= active_vocab < 1:
         arguments.fail("active_vocab", "None or a probability, 0 <= active_vocab < 1", repr(active_vocab))
     if sharded:
-        arguments.fail("active_vocab", "None with a vocabulary shared by `process_group`", repr(active_vocab))
+        arguments.fail("active_vocab", "None with a vocabulary in shards (`vocab_parallel`)", repr(active_vocab))
     return float(active_vocab)
 
 

@@ -1,14 +1,16 @@
-"""The arguments of a linear head, checked: `Head`, and the rows that go through it, `TokenRows`."""
+"""The arguments of a linear head, checked: `HeadParameters`, and the rows that go through it, `TokenRows`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import arguments
 from ..backends.rows import check_values
+from ..backends.types import RowOptions
 from . import vocab_parallel
 from .active_vocab import check_threshold
 
@@ -18,23 +20,39 @@ WORKSPACE_BYTES_CPU = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Head:
-    """logits = softcap(logit_scale * (hidden @ weight.T + bias)), and how to go about it. Checked by `check_head`.
+class LinearArguments:
+    """What every function of a linear head takes, as the caller gave it."""
 
-    The scale costs nothing: the row kernels see hidden @ weight.T + bias, with softcap / scale and temperature / scale.
+    hidden: Any
+    weight: Any
+    targets: Any
+    bias: Any
+    temperature: Any
+    softcap: Any
+    logit_scale: Any
+    ignore_index: Any
+    logits_dtype: Any
+    workspace_bytes: Any
+    vocab_parallel: Any
+    backend: Any
+    active_vocab: Any = None
+
+
+@dataclass(frozen=True)
+class HeadParameters:
+    """logits = hidden @ weight.T + bias, and how to go about it. Made by `check_head`.
+
+    A scale of the logits costs nothing: the row kernels see the unscaled product, with softcap / scale and
+    temperature / scale in their RowOptions.
     """
 
     weight: Tensor
     """[V, D]"""
     bias: Tensor | None
-    softcap: float | None
-    """of the unscaled product"""
     logits_dtype: torch.dtype
-    ignore_index: int
-    backend: str
     workspace_bytes: int
     shards: vocab_parallel.Shards | None = None
-    """Where `weight` is one shard of several. Then `ignore_index` is that of local targets."""
+    """Where `weight` is one shard of several. Then targets and `ignore_index` of the rows are local."""
     active_vocab: float | None = None
     """Of the backward products: see active_vocab.py."""
 
@@ -52,29 +70,35 @@ class Head:
         return max(1, self.workspace_bytes // (V * bytes_per_logit))
 
 
-@dataclass(frozen=True)
-class TokenRows:
-    """The rows of a call, flat: hidden [N, D], targets [N] int64, one temperature or one for each row."""
+class Chunk(NamedTuple):
+    """Some of a call's rows: hidden [n, D], targets [n]."""
 
     hidden: Tensor
     targets: Tensor
-    temperature: float
-    temperatures: Tensor | None
+    options: RowOptions
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a call, flat: hidden [N, D], targets [N] int64."""
+
+    hidden: Tensor
+    targets: Tensor
+    options: RowOptions
+    """Of the unscaled product."""
     kept: Tensor | None
     """Indices of the rows that count among `total`, or None for all. Only on the CPU: a count would wait for a GPU."""
     total: int
-    ignore_index: int
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def chunk(self, begin: int, end: int) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        temperatures = None if self.temperatures is None else self.temperatures[begin:end]
+    def chunk(self, begin: int, end: int) -> Chunk:
         hidden, targets = self.hidden[begin:end], self.targets[begin:end]
         if hidden.is_cuda:
             # Ignored rows are still here; whatever they hold must not reach dWeight as 0 * NaN.
-            hidden = hidden.masked_fill((targets == self.ignore_index)[:, None], 0.0)
-        return hidden, targets, self.temperature, temperatures
+            hidden = hidden.masked_fill((targets == self.options.ignore_index)[:, None], 0.0)
+        return Chunk(hidden, targets, self.options.of(slice(begin, end)))
 
     def spread(self, values: Tensor) -> Tensor:
         """[len(self), ...] -> [total, ...], zeros where a row was dropped."""
@@ -87,40 +111,46 @@ class TokenRows:
         return values.contiguous() if self.kept is None else values[self.kept]
 
 
-def check_head(
-    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-    backend, process_group=None, vocab_starts=None, active_vocab=None,
-) -> tuple[Head, float, Tensor | None]:  # fmt: skip
-    """-> the head, and the temperature of the unscaled product: a number, or one for each row."""
-    sharded = vocab_parallel.check_group(process_group, vocab_starts) > 1
+def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
+    """-> the head, and the options of the rows of its unscaled product."""
+    targets, parallel = given.targets, given.vocab_parallel
+    sharded = vocab_parallel.check_group(parallel) > 1
     try:
-        head, number, rows = _check_own(
-            hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype,
-            workspace_bytes, backend,
-        )  # fmt: skip
+        head, options = _check_own(given)
     except ValueError:
         if sharded:
-            vocab_parallel.meet(process_group, vocab_starts, None, targets, ignore_index)
+            vocab_parallel.meet(parallel, None, targets, given.ignore_index)
         raise
-    V = weight.shape[0]
+    V = head.weight.shape[0]
+    scaled = _unscale(options, given.logit_scale)
     if sharded:
+        hidden = given.hidden
         needs_hidden = hidden.requires_grad and torch.is_grad_enabled()
         dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
-        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, ignore_index)
-        shards = vocab_parallel.meet(process_group, vocab_starts, facts, targets, ignore_index)
-        head, V = replace(head, shards=shards, ignore_index=vocab_parallel.IGNORED), shards.starts[-1]
-    elif vocab_starts is not None and vocab_starts[1] != V:
-        arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", vocab_starts)
-    check_values(targets, rows, ignore_index, V)
-    head = replace(head, active_vocab=check_threshold(active_vocab, sharded))
-    return head, number / logit_scale, None if rows is None else rows / logit_scale
+        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, given.ignore_index)
+        shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
+        head, V = replace(head, shards=shards), shards.starts[-1]
+        scaled = replace(scaled, ignore_index=vocab_parallel.IGNORED)
+    elif parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:
+        arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", parallel.vocab_starts)
+    check_values(targets, options, V)
+    return replace(head, active_vocab=check_threshold(given.active_vocab, sharded)), scaled
 
 
-def _check_own(
-    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-    backend,
-) -> tuple[Head, float, Tensor | None]:  # fmt: skip
-    """`check_head` of what this rank holds, but for the values inside tensors; the temperature as it was given."""
+def _unscale(options: RowOptions, logit_scale: float) -> RowOptions:
+    """cap(scale * z) / tau, cap with c, is cap(z) / (tau / scale), cap with c / scale."""
+    taus, softcap = options.temperatures, options.softcap
+    return replace(
+        options,
+        temperature=options.temperature / logit_scale,
+        temperatures=None if taus is None else taus / logit_scale,
+        softcap=None if softcap is None else softcap / logit_scale,
+    )
+
+
+def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
+    """`check_head` of what this rank holds, but for the values inside tensors; the options as they were given."""
+    hidden, weight, targets, bias = given.hidden, given.weight, given.targets, given.bias
     arguments.check_tensor("hidden", hidden, dtypes=arguments.LOGIT_DTYPES)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         arguments.fail("hidden", "of shape [..., D] with D at least 1", tuple(hidden.shape))
@@ -134,40 +164,29 @@ def _check_own(
         )
     if bias is not None:
         arguments.check_tensor("bias", bias, shape=weight.shape[:1], dtypes=(weight.dtype,), device=hidden.device)
-    arguments.check_number("logit_scale", logit_scale, above=0.0)
-    softcap = arguments.check_softcap(softcap)
-    number, rows = arguments.check_temperature(temperature, targets.shape, hidden.device)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        arguments.fail("ignore_index", "an integer", repr(ignore_index))
-    if logits_dtype is None:
-        logits_dtype = hidden.dtype
+    arguments.check_number("logit_scale", given.logit_scale, above=0.0)
+    softcap = arguments.check_softcap(given.softcap)
+    number, temperatures = arguments.check_temperature(given.temperature, targets.shape, hidden.device)
+    arguments.check_ignore_index(given.ignore_index)
+    logits_dtype = hidden.dtype if given.logits_dtype is None else given.logits_dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
+    workspace_bytes = given.workspace_bytes
     if workspace_bytes is None:
         workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
     arguments.check_count("workspace_bytes", workspace_bytes)
-    head = Head(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        None if softcap is None else softcap / logit_scale,
-        logits_dtype,
-        ignore_index,
-        arguments.check_backend(backend, hidden.device),
-        workspace_bytes,
-    )
-    return head, number, rows
+    backend = arguments.check_backend(given.backend, hidden.device)
+    head = HeadParameters(weight.detach(), None if bias is None else bias.detach(), logits_dtype, workspace_bytes)
+    return head, RowOptions(number, temperatures, softcap, given.ignore_index, backend)
 
 
-def token_rows(
-    hidden: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None, head: Head
-) -> TokenRows:
+def token_rows(hidden: Tensor, targets: Tensor, head: HeadParameters, options: RowOptions) -> TokenRows:
     """Flattens; on the CPU rows that are ignored are dropped, before any product."""
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
     if head.shards is not None:
         targets = head.shards.local_targets(targets)
     total, kept = hidden.shape[0], None
-    if hidden.device.type == "cpu" and bool((targets == head.ignore_index).any()):
-        kept = (targets != head.ignore_index).nonzero()[:, 0]
-        hidden, targets = hidden[kept], targets[kept]
-        temperatures = None if temperatures is None else temperatures[kept]
-    return TokenRows(hidden, targets.contiguous(), temperature, temperatures, kept, total, head.ignore_index)
+    if hidden.device.type == "cpu" and bool((targets == options.ignore_index).any()):
+        kept = (targets != options.ignore_index).nonzero()[:, 0]
+        hidden, targets, options = hidden[kept], targets[kept], options.of(kept)
+    return TokenRows(hidden, targets.contiguous(), options, kept, total)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import rows_backward, rows_forward
+from ..backends.types import RowGradients
 from .active_vocab import Report
-from .head import Head, TokenRows
-from .products import Products
+from .head import HeadParameters, TokenRows
+from .products import Gradients, Products
 
 
 class OneShot:
@@ -23,7 +24,7 @@ class OneShot:
     takes the statistics of more rows, `again(begin, end)` makes the logits of an earlier chunk once more.
     """
 
-    def __init__(self, rows: TokenRows, head: Head, needs: tuple[bool, bool, bool]):
+    def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
         self.products = Products(head, len(rows), needs)
         self.norms = torch.empty(2, len(rows), device=rows.hidden.device)
@@ -32,16 +33,14 @@ class OneShot:
 
     def statistics(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """logprobs, entropy of rows [begin, end)."""
-        head = self.head
         self.at = (begin, end)
-        hidden, targets, tau, taus = self.rows.chunk(begin, end)
+        hidden, targets, options = self.rows.chunk(begin, end)
         self.logits = self.products.logits(hidden)
-        stats = rows_forward(self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
-        if head.shards is not None:
-            stats = head.shards.merge(stats, targets, tau, taus)
-        for row, values in zip(self.norms, stats[2:]):
-            row[begin:end] = values
-        return stats[:2]
+        stats = rows_forward(self.logits[None], targets, options)
+        if self.head.shards is not None:
+            stats = self.head.shards.merge(stats, targets, options)
+        self.norms[0, begin:end], self.norms[1, begin:end] = stats.row_max, stats.log_sum
+        return stats.logprobs, stats.entropy
 
     def again(self, begin: int, end: int) -> None:
         """Back to rows whose statistics were taken before."""
@@ -52,26 +51,21 @@ class OneShot:
     def gradients(self, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
         if not any(self.needs):
             return
-        head, (begin, end) = self.head, self.at
-        chunk = _, targets, tau, taus = self.rows.chunk(begin, end)
+        begin, end = self.at
+        chunk = self.rows.chunk(begin, end)
         gradient = self.products.gradient(end - begin)
-        norms = self.norms[:, begin:end]
-        stats = [x.float().contiguous() for x in (*norms, entropy, grad_logprobs, grad_entropy)]
-        rows_backward(
-            gradient[None], self.logits[None], targets, tau, taus, head.softcap, head.ignore_index, stats, head.backend
-        )
+        given = (entropy, *self.norms[:, begin:end], grad_logprobs, grad_entropy)
+        vectors = RowGradients(*(x.float().contiguous() for x in given))
+        rows_backward(gradient[None], self.logits[None], chunk.targets, chunk.options, vectors)
         grad_hidden = None if self.grad_hidden is None else self.grad_hidden[begin:end]
-        self.products.backward(gradient, chunk, grad_hidden, *stats[3:])
+        self.products.backward(gradient, chunk, grad_hidden, vectors.grad_logprobs, vectors.grad_entropy)
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self) -> Gradients:
         return (self.grad_hidden, *self.products.gradients())
 
     def report(self) -> Report | None:
         """Of the active vocabulary, after `finish` and before the gradients are scaled."""
         return self.products.report(self.grad_hidden)
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Precomputed(torch.autograd.Function):

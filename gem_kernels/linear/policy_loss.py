@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from .. import arguments
-from ..types import PolicyLossOutput
-from .head import TokenRows, check_head, token_rows
+from ..types import PolicyLossOutput, VocabParallel
+from .head import LinearArguments, TokenRows, check_head, token_rows
 from .one_shot import OneShot, attach, needs_of, reported
 
 
@@ -28,8 +28,7 @@ def fused_linear_policy_loss(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
+    vocab_parallel: VocabParallel | None = None,
     active_vocab: float | None = None,
     backend: str = "auto",
 ) -> PolicyLossOutput:
@@ -65,15 +64,16 @@ def fused_linear_policy_loss(
         >>> out = fused_linear_policy_loss(h, w, ids, loss, token_inputs={"old": old, "advantages": adv})
         >>> out.loss.backward()
     """
-    head, number, taus = check_head(
+    given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        backend, process_group, vocab_starts, active_vocab,
+        vocab_parallel, backend, active_vocab,
     )  # fmt: skip
+    head, options = check_head(given)
     if not callable(token_loss):
         arguments.fail(
             "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
         )
-    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    rows = token_rows(hidden.detach(), targets, head, options)
     inputs = _flat_inputs(token_inputs or {}, targets, rows)
     shot = OneShot(rows, head, needs_of(hidden, weight, bias))
     loss = torch.zeros((), device=hidden.device)

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import rows_backward, rows_forward
+from ..backends.types import RowGradients, RowStats
 from . import vocab_parallel
 from .active_vocab import ActiveProducts, Report
-from .head import Head, TokenRows
+from .head import Chunk, HeadParameters, TokenRows
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden, weight and bias; None where it is not needed."""
 
 # A CPU's product of fewer rows adds its V terms one after the other: an error of 3e-5, where slices have 3e-7.
 FEW_ROWS = 4
@@ -27,7 +31,7 @@ class Products:
     nor a product. Temporaries stay under the workspace: what must be converted is, a slice of the vocabulary at a time.
     """
 
-    def __init__(self, head: Head, n_rows: int, needs: tuple[bool, bool, bool]):
+    def __init__(self, head: HeadParameters, n_rows: int, needs: tuple[bool, bool, bool]):
         self.head = head
         self.V, self.D = head.weight.shape
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
@@ -65,15 +69,15 @@ class Products:
         """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
         return self.gradient_workspace[:rows]
 
-    def backward(self, gradient: Tensor, chunk: tuple, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
+    def backward(self, gradient: Tensor, chunk: Chunk, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
         """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D].
 
-        Of the chunk as TokenRows gives it, with a = dL/dlogprob and b = dL/dentropy.
+        a = dL/dlogprob, b = dL/dentropy.
         """
-        hidden, targets, tau, taus = chunk
+        hidden, targets, options = chunk
         done = False
         if self.active is not None:
-            weights = (a.abs() + b.abs()) / (tau if taus is None else taus)
+            weights = (a.abs() + b.abs()) / options.tau
             done = self.active.backward(gradient, hidden, grad_hidden, self.grad_weight, targets, weights)
         if self.needs_hidden and not done:
             self._hidden(gradient, grad_hidden)
@@ -132,39 +136,38 @@ class Products:
         return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
 
 
-def statistics(rows: TokenRows, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, row_max, log_sum, each [len(rows)]; 1 G."""
+def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:
+    """Of the whole rows, [len(rows)]; 1 G."""
     out = torch.zeros(4, len(rows), device=rows.hidden.device)
     products = Products(head, len(rows), (False, False, False))
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
-        hidden, targets, tau, taus = rows.chunk(begin, end)
-        logits = products.logits(hidden)
-        stats = rows_forward(logits[None], targets, tau, taus, head.softcap, head.ignore_index, head.backend)
+        hidden, targets, options = rows.chunk(begin, end)
+        stats = rows_forward(products.logits(hidden)[None], targets, options)
         for row, values in zip(out, stats):
             row[begin:end] = values
     if head.shards is not None:
         bounds = (head.workspace_bytes, head.rows_per_chunk)
-        head.shards.merge_all(out, rows.targets, rows.temperature, rows.temperatures, *bounds)
-    return tuple(out)
+        head.shards.merge_all(out, rows.targets, rows.options, *bounds)
+    return RowStats(*out)
 
 
-def statistics_backward(rows, head, stats, grad_logprobs, grad_entropy, needs):
+def statistics_backward(
+    rows: TokenRows, head: HeadParameters, vectors: RowGradients, needs: tuple[bool, bool, bool]
+) -> tuple[Gradients, Report | None]:
     """(dL/dhidden, dL/dweight, dL/dbias), None where not needed; and the report of the active vocabulary, or None.
 
     The logits are made again, so 1 G + up to 2 G.
     """
-    _, entropy, row_max, log_sum = stats
     products = Products(head, len(rows), needs)
     grad_hidden = torch.empty_like(rows.hidden) if needs[0] else None
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
-        chunk = hidden, targets, tau, taus = rows.chunk(begin, end)
-        logits, gradient = products.logits(hidden), products.gradient(end - begin)
-        parts = [x[begin:end].contiguous() for x in (row_max, log_sum, entropy, grad_logprobs, grad_entropy)]
-        rows_backward(
-            gradient[None], logits[None], targets, tau, taus, head.softcap, head.ignore_index, parts, head.backend
-        )
-        products.backward(gradient, chunk, None if grad_hidden is None else grad_hidden[begin:end], *parts[3:])
+        chunk = rows.chunk(begin, end)
+        logits, gradient = products.logits(chunk.hidden), products.gradient(end - begin)
+        part = RowGradients(*(x[begin:end].contiguous() for x in vectors))
+        rows_backward(gradient[None], logits[None], chunk.targets, chunk.options, part)
+        into = None if grad_hidden is None else grad_hidden[begin:end]
+        products.backward(gradient, chunk, into, part.grad_logprobs, part.grad_entropy)
     gradients = (grad_hidden, *products.gradients())
     return gradients, products.report(grad_hidden)

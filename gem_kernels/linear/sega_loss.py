@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import arguments
+from ..backends.types import RowGradients
 from ..losses import check_loss, sequence_weights, token_counts, weighted_sum
-from ..scores import counted_targets, entropy_scores, group_advantages
-from ..types import SegaOutput
-from .head import Head, TokenRows, check_head, token_rows
+from ..scores import Spans, completion_scores, counted_targets, group_advantages
+from ..types import EntropyScores, LinearScore, SegaOutput, VocabParallel
+from .active_vocab import Report
+from .head import HeadParameters, LinearArguments, TokenRows, check_head, token_rows
 from .one_shot import OneShot, attach, needs_of, reported
-from .products import statistics, statistics_backward
+from .products import Gradients, statistics, statistics_backward
 
 
 @arguments.not_compiled
@@ -45,10 +48,10 @@ def fused_linear_sega_loss(
     denominator: float | Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
+    vocab_parallel: VocabParallel | None = None,
     active_vocab: float | None = None,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> SegaOutput:
     """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
 
@@ -78,37 +81,40 @@ def fused_linear_sega_loss(
     if isinstance(targets, Tensor):
         arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
         targets = counted_targets(targets, completion_mask, ignore_index)
-    head, number, taus = check_head(
+    given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        backend, process_group, vocab_starts, active_vocab,
+        vocab_parallel, backend, active_vocab,
     )  # fmt: skip
-    batch = _Batch(targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend)
+    head, options = check_head(given)
+    B = targets.shape[0] if completion_mask is not None else cu_seqlens.shape[0] - 1
     check_loss(
-        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, batch.B,
+        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B,
         targets.device,
     )  # fmt: skip
-    if advantages is None and batch.B % group_size:
-        arguments.fail("group_size", f"a divisor of the number of sequences, {batch.B}", group_size)
-    rows = token_rows(hidden.detach(), targets, number, taus, head)
+    if answer_start is None:
+        answer_start = torch.full((B,), -1, dtype=torch.int64, device=targets.device)
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    batch = _Batch(B, targets, spans, fork_weight, score)
+    if advantages is None and B % group_size:
+        arguments.fail("group_size", f"a divisor of the number of sequences, {B}", group_size)
+    rows = token_rows(hidden.detach(), targets, head, options)
     # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
-    is_valid = batch.scores(torch.zeros(targets.shape, device=targets.device)).valid
+    nothing = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    is_valid = batch.scores(nothing, nothing).valid
     counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
     weights = sequence_weights(counts, is_valid, loss_type, max_completion_length, denominator)
     needs = needs_of(hidden, weight, bias)
-    group = {"mapping": mapping, "scale": scale, "eps": eps, "backend": backend}
     if advantages is not None:
         advantages = torch.where(is_valid, advantages.float(), 0.0)
-        bounds = None
-    else:
-        bounds = batch.group_bounds(group_size, rows)
-    if bounds is not None and max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
+    group = _Grouping(group_size, mapping, scale, eps, backend)
+    call = _Call(batch, rows, head, weights, needs, group, advantages)
+    bounds = batch.group_bounds(group_size, rows) if advantages is None else []
+    if max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
         path, run = "two_phase", _by_group if head.shards is None else _two_phase
     else:
         path, run = "one_shot", _by_group
-    logprobs, entropy, advantages, loss, gradients, report = run(
-        batch, rows, head, weights, advantages, bounds, group_size, group, needs
-    )
-    scores = batch.scores(entropy)
+    logprobs, entropy, advantages, loss, gradients, report = run(call, bounds)
+    scores = batch.scores(logprobs, entropy)
     loss = attach(hidden, weight, bias, loss, rows, gradients)
     return SegaOutput(
         loss, scores.score, scores.final_entropy, scores.fork_entropy, scores.valid, advantages, logprobs, entropy,
@@ -116,54 +122,87 @@ def fused_linear_sega_loss(
     )  # fmt: skip
 
 
+@dataclass
 class _Batch:
     """The sequences of a call, in either layout."""
 
-    def __init__(
-        self, targets, completion_mask, cu_seqlens, answer_start, valid, fork_weight, top_m, no_answer, backend
-    ):
-        self.targets, self.completion_mask, self.cu_seqlens = targets, completion_mask, cu_seqlens
-        self.B = targets.shape[0] if completion_mask is not None else cu_seqlens.shape[0] - 1
-        if answer_start is None:
-            answer_start = torch.full((self.B,), -1, dtype=torch.int64, device=targets.device)
-        self.answer_start, self.valid = answer_start, valid
-        self.options = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "backend": backend}
+    B: int
+    targets: Tensor
+    spans: Spans
+    fork_weight: float
+    score: LinearScore | None
 
-    def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None):
-        """EntropyScores of sequences [begin, end), from the entropies of all tokens."""
+    def scores(self, logprobs: Tensor, entropy: Tensor, begin: int = 0, end: int | None = None) -> EntropyScores:
+        """Of sequences [begin, end), from the statistics of all tokens."""
         end = self.B if end is None else end
-        part = {"answer_start": self.answer_start, "valid": self.valid}
-        if (begin, end) != (0, self.B):  # a slice would hide a wrong length
-            part = {k: None if x is None else x[begin:end] for k, x in part.items()}
-        if self.completion_mask is not None:
-            return entropy_scores(
-                entropy[begin:end], completion_mask=self.completion_mask[begin:end], **part, **self.options
-            )
-        if (begin, end) == (0, self.B):
-            return entropy_scores(entropy, cu_seqlens=self.cu_seqlens, **part, **self.options)
-        cu_seqlens = self.cu_seqlens[begin : end + 1]
-        first, last = self.host_offsets[begin], self.host_offsets[end]
-        return entropy_scores(entropy[first:last], cu_seqlens=cu_seqlens - first, **part, **self.options)
+        spans, tokens = self.spans, slice(None)
+        if (begin, end) != (0, self.B):  # a slice of everything would hide a wrong length
+            part = {"answer_start": spans.answer_start[begin:end]}
+            part["valid"] = None if spans.valid is None else spans.valid[begin:end]
+            if spans.completion_mask is not None:
+                tokens, part["completion_mask"] = slice(begin, end), spans.completion_mask[begin:end]
+            else:
+                tokens = slice(self.host_offsets[begin], self.host_offsets[end])
+                part["cu_seqlens"] = spans.cu_seqlens[begin : end + 1] - tokens.start
+            spans = replace(spans, **part)
+        return completion_scores(entropy[tokens], logprobs[tokens], spans, self.fork_weight, self.score)
 
     def sequence_of(self, rows: TokenRows) -> Tensor:
         """The sequence each of the rows is in."""
         token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
-        if self.completion_mask is not None:
+        if self.spans.completion_mask is not None:
             return token // max(1, self.targets.shape[1])
-        ends = self.cu_seqlens[1:].long().contiguous()
+        ends = self.spans.cu_seqlens[1:].long().contiguous()
         return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
 
     def group_bounds(self, group_size: int, rows: TokenRows) -> list[int]:
         """Rows at which groups begin, and where the last ends."""
-        if self.completion_mask is not None:
+        if self.spans.completion_mask is not None:
             T = self.targets.shape[1]
             bounds = [s * T for s in range(0, self.B + 1, group_size)]
         else:
-            self.host_offsets = self.cu_seqlens.tolist()
+            self.host_offsets = self.spans.cu_seqlens.tolist()
             bounds = self.host_offsets[::group_size]
         if rows.kept is not None:
             bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
         return bounds
+
+
+@dataclass(frozen=True)
+class _Grouping:
+    size: int | None
+    mapping: str
+    scale: str
+    eps: float
+    backend: str
+
+    def advantages(self, scores: EntropyScores) -> Tensor:
+        options = {"mapping": self.mapping, "scale": self.scale, "eps": self.eps, "backend": self.backend}
+        return group_advantages(scores.score, self.size, valid=scores.valid, **options)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both ways to the loss need."""
+
+    batch: _Batch
+    rows: TokenRows
+    head: HeadParameters
+    weights: Tensor
+    """c_i / Z, [B]"""
+    needs: tuple[bool, bool, bool]
+    group: _Grouping
+    advantages: Tensor | None
+    """[B], where they are given."""
+
+
+class _Made(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    loss: Tensor
+    gradients: Gradients
+    report: Report | None
 
 
 def _merged(bounds: list[int], rows_per_chunk: int) -> list[tuple[int, int]]:
@@ -184,53 +223,54 @@ def _chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
     return [(max(begin, last - size), last) for last in firsts]
 
 
-def _by_group(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+def _by_group(call: _Call, bounds: list[int]) -> _Made:
     """Runs of groups, one after the other: statistics, advantages, gradients.
 
     Where a run is more than one chunk, its last chunk's logits are still there when the advantages are known; those of
     the others are made again.
     """
-    shot = OneShot(rows, head, needs)
+    batch, rows, weights, advantages = call.batch, call.rows, call.weights, call.advantages
+    shot = OneShot(rows, call.head, call.needs)
     sequence = batch.sequence_of(rows)
-    given = advantages is not None
     logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
-    all_entropy = torch.zeros(rows.total, device=weights.device)
+    known = torch.zeros(2, rows.total, dtype=torch.float32, device=weights.device)  # log-probs, entropies
     loss = torch.zeros((), device=weights.device)
-    step = head.rows_per_chunk
-    if given:
+    step = call.head.rows_per_chunk
+    if call.advantages is not None:
         runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
     else:
+        size = call.group.size
         advantages = torch.zeros_like(weights)
-        runs = [(bounds[g], bounds[h], (g * group_size, h * group_size)) for g, h in _merged(bounds, step)]
+        runs = [(bounds[g], bounds[h], slice(g * size, h * size)) for g, h in _merged(bounds, step)]
     for begin, end, sequences in runs:
         chunks = _chunks(begin, end, step)
         for first, last in chunks:
             logprobs[first:last], entropy[first:last] = shot.statistics(first, last)
-        if not given:
+        if sequences is not None:
             at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
-            all_entropy[at] = entropy[begin:end]
-            scores = batch.scores(all_entropy.view(batch.targets.shape), *sequences)
-            part = group_advantages(scores.score, group_size, valid=scores.valid, **group)
-            advantages[sequences[0] : sequences[1]] = part
+            known[0, at], known[1, at] = logprobs[begin:end], entropy[begin:end]
+            scores = batch.scores(*known.view(2, *batch.targets.shape), sequences.start, sequences.stop)
+            advantages[sequences] = call.group.advantages(scores)
         a = (-advantages * weights)[sequence[begin:end]]
         loss += weighted_sum(a, logprobs[begin:end])
-        for first, last in reversed(chunks if any(needs) else []):
+        for first, last in reversed(chunks if any(call.needs) else []):
             shot.again(first, last)
             part = a[first - begin : last - begin]
             shot.gradients(entropy[first:last], part, torch.zeros_like(part))
-    spread = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
-    return *spread, advantages, loss, shot.finish(), shot.report()
+    logprobs, entropy = (rows.spread(x).view(batch.targets.shape) for x in (logprobs, entropy))
+    return _Made(logprobs, entropy, advantages, loss, shot.finish(), shot.report())
 
 
-def _two_phase(batch: _Batch, rows, head: Head, weights, advantages, bounds, group_size, group, needs):
+def _two_phase(call: _Call, bounds: list[int]) -> _Made:
     """Statistics of all, then gradients of all: over a sharded vocabulary the statistics then travel together."""
-    stats = statistics(rows, head)
+    batch, rows = call.batch, call.rows
+    stats = statistics(rows, call.head)
     logprobs, entropy = (rows.spread(x).view(batch.targets.shape) for x in stats[:2])
-    scores = batch.scores(entropy)
-    advantages = group_advantages(scores.score, group_size, valid=scores.valid, **group)
-    a = (-advantages * weights)[batch.sequence_of(rows)]
-    loss = weighted_sum(a, stats[0])
+    advantages = call.group.advantages(batch.scores(logprobs, entropy))
+    a = (-advantages * call.weights)[batch.sequence_of(rows)]
+    loss = weighted_sum(a, stats.logprobs)
     gradients, report = (None, None, None), None
-    if any(needs):
-        gradients, report = statistics_backward(rows, head, stats, a, torch.zeros_like(a), needs)
-    return logprobs, entropy, advantages, loss, gradients, report
+    if any(call.needs):
+        vectors = RowGradients(*stats[1:], a, torch.zeros_like(a))
+        gradients, report = statistics_backward(rows, call.head, vectors, call.needs)
+    return _Made(logprobs, entropy, advantages, loss, gradients, report)

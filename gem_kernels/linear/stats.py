@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import arguments
-from ..scores import counted_targets, scored
-from ..types import EntropyScoreOutput, TokenStats
-from .head import check_head, token_rows
+from ..backends.types import RowGradients
+from ..scores import Spans, completion_scores, counted_targets, with_advantages
+from ..types import EntropyScoreOutput, LinearScore, TokenStats, VocabParallel
+from .head import LinearArguments, check_head, token_rows
 from .products import statistics, statistics_backward
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, temperatures, head):
-        rows = token_rows(hidden, targets, temperature, temperatures, head)
+    def forward(ctx, hidden, weight, bias, targets, head, options):
+        rows = token_rows(hidden, targets, head, options)
         stats = statistics(rows, head)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, *stats)
-        ctx.temperature, ctx.head = temperature, head
-        logprobs, entropy = (rows.spread(x).view(targets.shape) for x in stats[:2])
-        return logprobs, entropy
+        ctx.save_for_backward(hidden, weight, bias, targets, options.temperatures, *stats[1:])
+        ctx.head, ctx.options = head, replace(options, temperatures=None)
+        return tuple(rows.spread(x).view(targets.shape) for x in (stats.logprobs, stats.entropy))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, _, _, targets, temperatures, *stats = ctx.saved_tensors
-        rows = token_rows(hidden, targets, ctx.temperature, temperatures, ctx.head)
-        a, b = (rows.gather(g.reshape(-1)) for g in (grad_logprobs, grad_entropy))
-        grads, _ = statistics_backward(rows, ctx.head, stats, a, b, tuple(ctx.needs_input_grad[:3]))
+        rows = token_rows(hidden, targets, ctx.head, replace(ctx.options, temperatures=temperatures))
+        upstream = (rows.gather(g.reshape(-1)) for g in (grad_logprobs, grad_entropy))
+        needs = tuple(ctx.needs_input_grad[:3])
+        grads, _ = statistics_backward(rows, ctx.head, RowGradients(*stats, *upstream), needs)
         grad_hidden = None if grads[0] is None else rows.spread(grads[0]).view(hidden.shape)
-        return grad_hidden, grads[1], grads[2], None, None, None, None
+        return grad_hidden, grads[1], grads[2], None, None, None
 
 
 @arguments.not_compiled
@@ -48,8 +49,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
+    vocab_parallel: VocabParallel | None = None,
     active_vocab: float | None = None,
     backend: str = "auto",
 ) -> TokenStats:
@@ -70,17 +70,11 @@ def linear_token_stats(
         logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
             rounded (`mm` with `out_dtype` on a GPU).
         workspace_bytes: the bound, in bytes. None: 128 MiB on a GPU, 64 MiB on a CPU.
-        process_group: of ranks that share the vocabulary: `weight` (and `bias`) are this rank's rows of it, in the
-            order of the ranks; shards may differ in size. `hidden` and `targets` (ids of the whole vocabulary), like
-            every other argument, are the same on all ranks, and all ranks make the same calls in the same order,
-            backward included. Results are the same on all ranks, to the bit. The gradient of `hidden` is that of the
-            whole vocabulary, on every rank; those of weight and bias are this shard's. One all_gather of 4 numbers a
-            row; one all_reduce of the gradient of `hidden` a chunk. None, or a group of one: no shards.
-        vocab_starts: the first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange
-            their sizes and compare their arguments, at the start of each call (on a GPU that waits for the device).
+        vocab_parallel: a VocabParallel where `weight` (and `bias`) are this rank's shard of a vocabulary that several
+            ranks share. None: the whole vocabulary is here.
         active_vocab: a probability such as 2**-12. Backward's products are then made of the columns that any row needs
             at that level, and a low-rank stand-in for the rest (docs/kernels.md): faster and approximate. A GPU is
-            waited for once a chunk. 0 is exact; None, exact and without the option's code. Not with `process_group`.
+            waited for once a chunk. 0 is exact; None, exact and without the option's code. Not with `vocab_parallel`.
             The losses of this package return the share of columns kept and the error.
         temperature, softcap, ignore_index, backend: as for `token_stats`.
 
@@ -94,11 +88,12 @@ def linear_token_stats(
         >>> out = linear_token_stats(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
         >>> loss = -out.logprobs.mean() - 0.01 * out.entropy.mean()
     """
-    head, number, rows = check_head(
+    given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        backend, process_group, vocab_starts, active_vocab,
+        vocab_parallel, backend, active_vocab,
     )  # fmt: skip
-    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, number, rows, head))
+    head, options = check_head(given)
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, head, options))
 
 
 def fused_linear_entropy_score(
@@ -124,16 +119,16 @@ def fused_linear_entropy_score(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    vocab_starts: Sequence[int] | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
+    score: LinearScore | None = None,
 ) -> EntropyScoreOutput:
     """`fused_entropy_score` from hidden states: the logits never exist whole.
 
     Args:
         hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
         weight: [V, D]; bias [V] or None.
-        targets, answer_start, group_size and the rest: as for `fused_entropy_score` and `linear_token_stats`.
+        targets, answer_start, group_size, score and the rest: as for `fused_entropy_score` and `linear_token_stats`.
 
     Returns:
         EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 G with backward), the
@@ -156,11 +151,9 @@ def fused_linear_entropy_score(
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes,
-        process_group=process_group,
-        vocab_starts=vocab_starts,
+        vocab_parallel=vocab_parallel,
         backend=backend,
     )
-    layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
-    span = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "valid": valid}
-    group = {"group_size": group_size, "mapping": mapping, "scale": scale, "eps": eps}
-    return scored(stats, {**layout, **span}, group, backend)
+    spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
+    scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)
+    return with_advantages(stats, scores, group_size, mapping=mapping, scale=scale, eps=eps, backend=backend)

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import arguments
-from ..types import NO_TARGET
+from ..backends.types import NO_TARGET, RowOptions, RowStats
+from ..types import VocabParallel
 
 # Local marks; no word of a shard has such a number.
 IGNORED = -100
@@ -73,12 +74,10 @@ class Shards:
         local = torch.where((targets >= begin) & (targets < end), targets - begin, elsewhere)
         return torch.where(targets == self.ignore_index, IGNORED, local)
 
-    def merge(
-        self, stats: tuple[Tensor, ...], targets: Tensor, temperature: float, temperatures: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def merge(self, stats: RowStats, targets: Tensor, options: RowOptions) -> RowStats:
         """Statistics of this shard's logits, and its local targets, [n] -> those of the whole rows, on every rank.
 
-        logprobs, entropy, row_max, log_sum. One all_gather. All ranks get the same bits.
+        One all_gather. All ranks get the same bits.
         """
         logprobs, entropy, row_max, log_sum = stats
         empty = log_sum.isnan() & (row_max <= FLOOR)  # -inf alone; poisoned rows have a row_max of NaN or +inf
@@ -88,7 +87,7 @@ class Shards:
         gathered = packed.new_empty(self.count, *packed.shape)
         _gather(gathered, packed, self.group)
 
-        tau = temperature if temperatures is None else temperatures.double()
+        tau = options.temperature if options.temperatures is None else options.temperatures.double()
         logprobs, entropy, row_max, log_sum = gathered.double().unbind(1)  # [count, n]
         top_max = row_max.amax(0)
         a = torch.where(row_max == -torch.inf, -torch.inf, (row_max - top_max) / tau + log_sum)
@@ -103,26 +102,20 @@ class Shards:
         # A row of -inf in all shards: top - top is NaN. A row that is NaN in one: so is its log_w in all.
         bad = log_rest.isnan() | log_sum.isnan()
         ignored = targets == IGNORED
-        return tuple(
+        merged = (
             x.masked_fill(bad, torch.nan).masked_fill(ignored, 0.0).float()
             for x in (logprobs, entropy, top_max, log_sum)
         )
+        return RowStats(*merged)
 
     def merge_all(
-        self,
-        stats: Tensor,
-        targets: Tensor,
-        temperature: float,
-        temperatures: Tensor | None,
-        workspace_bytes: int,
-        rows_per_chunk: int,
+        self, stats: Tensor, targets: Tensor, options: RowOptions, workspace_bytes: int, rows_per_chunk: int
     ) -> None:
         """`merge` of [4, N] in place, in as few collectives as leave its temporaries under the workspace."""
         step = max(rows_per_chunk, workspace_bytes // (BYTES_PER_MERGED_STATISTIC * self.count))
         for begin in range(0, targets.shape[0], step):
             part = slice(begin, begin + step)
-            taus = None if temperatures is None else temperatures[part]
-            stats[:, part] = torch.stack(self.merge(tuple(stats[:, part]), targets[part], temperature, taus))
+            stats[:, part] = torch.stack(self.merge(RowStats(*stats[:, part]), targets[part], options.of(part)))
 
 
 # Of `merge`, for each row and rank: four float32, four and some eight more float64.
@@ -165,12 +158,13 @@ FACTS = (
 )
 
 
-def check_group(process_group: Any, vocab_starts: Any) -> int:
+def check_group(parallel: Any) -> int:
     """-> the number of ranks; 1 without a group."""
-    if process_group is None:
-        if vocab_starts is not None:
-            arguments.fail("vocab_starts", "None without `process_group`", vocab_starts)
+    if parallel is None:
         return 1
+    if not isinstance(parallel, VocabParallel):
+        arguments.fail("vocab_parallel", "a gem_kernels.VocabParallel or None", repr(parallel))
+    process_group, vocab_starts = parallel.process_group, parallel.vocab_starts
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         arguments.fail("process_group", "a torch.distributed process group this rank is in", repr(process_group))
     count = process_group.size()
@@ -183,11 +177,10 @@ def check_group(process_group: Any, vocab_starts: Any) -> int:
     return count
 
 
-def meet(
-    process_group: Any, vocab_starts: Any, facts: tuple[int, ...] | None, targets: Any, ignore_index: Any
-) -> Shards:
+def meet(parallel: VocabParallel, facts: tuple[int, ...] | None, targets: Any, ignore_index: Any) -> Shards | None:
     """Where each rank's words begin. Facts of this rank: see FACTS, without the targets' sum; None where its
     arguments were wrong, so that the other ranks stop too."""
+    process_group, vocab_starts = parallel.process_group, parallel.vocab_starts
     rank, count = process_group.rank(), process_group.size()
     if vocab_starts is not None:
         size = vocab_starts[rank + 1] - vocab_starts[rank]

@@ -1,6 +1,5 @@
 """LoRA and QLoRA: what trains, what is saved and how it opens again; settings that cannot be had are one clear line."""
 
-import dataclasses
 import io
 import json
 import shutil
@@ -12,19 +11,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gem.config.read import build_config
+from gem.config.settings import Lora
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.model.load import (
     find_attention,
     find_model,
-    load_config,
     load_model,
+    load_model_config,
     load_model_for_training,
     load_tokenizer,
     save_pretrained,
 )
-from gem.model.lora import Lora, add_lora, is_adapted, is_untouched, merged_state_dict
+from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
 from gem.run import checkpoint
 from gem.train import train
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
@@ -47,14 +47,14 @@ def disturbed(model):
 
 
 def test_lora_trains_the_adapter_alone_and_not_the_head():
-    model = add_lora(tiny_model(), Lora(r=4))
+    model = add_lora(tiny_model(), Lora(lora_r=4))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     assert not any("lm_head" in name or "embed" in name for name in trained)
     assert {name.split(".")[-4] for name in trained} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    few = add_lora(tiny_model(), Lora(target_modules="q_proj, v_proj"))
+    few = add_lora(tiny_model(), Lora(lora_target_modules="q_proj, v_proj"))
     assert {n.split(".")[-4] for n, p in few.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
 
 
@@ -77,14 +77,14 @@ def test_untouched_until_b_moves():
 )
 def test_wrong_targets_are_refused(targets, words):
     with pytest.raises(UserError, match=f"lora_target_modules: .*{words}"):
-        add_lora(tiny_model(), Lora(target_modules=targets))
+        add_lora(tiny_model(), Lora(lora_target_modules=targets))
 
 
 def test_an_adapter_is_saved_and_opens_with_every_loader(tmp_path):
     base = save_tiny(tmp_path / "base")
     source = find_model(str(base))
     config = settings(use_peft=True, lora_r=2, gradient_checkpointing=True)
-    model = disturbed(load_model_for_training(source, load_config(source), config))
+    model = disturbed(load_model_for_training(source, load_model_config(source), config))
     logits = model(IDS).logits
     assert not torch.allclose(logits, tiny_model()(IDS).logits, atol=1e-3)
     save_pretrained(model, load_tokenizer(source), tmp_path / "saved")
@@ -97,11 +97,11 @@ def test_an_adapter_is_saved_and_opens_with_every_loader(tmp_path):
     saved = find_model(str(tmp_path / "saved"))
     assert saved.name == str(base) and saved.adapter == str(tmp_path / "saved")
     assert load_tokenizer(saved).chat_template == tiny_tokenizer().chat_template
-    merged = load_model(saved, load_config(saved), device="cpu")
+    merged = load_model(saved, load_model_config(saved), device="cpu")
     assert not is_adapted(merged) and all(p.requires_grad for p in merged.parameters())
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     # A run on top of it goes on with the same adapter.
-    again = load_model_for_training(saved, load_config(saved), config)
+    again = load_model_for_training(saved, load_model_config(saved), config)
     torch.testing.assert_close(again(IDS).logits, logits)
     assert any(p.requires_grad for p in again.parameters()) and not is_untouched(again)
 
@@ -110,7 +110,7 @@ def test_under_a_gguf_file_the_merged_weights_are_saved(tmp_path):
     (tmp_path / "gguf").mkdir()
     write_gguf(tmp_path / "gguf" / "tiny.gguf", tiny_model(), tiny_tokenizer())
     source = find_model(str(tmp_path / "gguf"))
-    model = disturbed(load_model_for_training(source, load_config(source), settings(use_peft=True)))
+    model = disturbed(load_model_for_training(source, load_model_config(source), settings(use_peft=True)))
     before = {name: p.clone() for name, p in model.named_parameters()}
     save_pretrained(model, load_tokenizer(source), tmp_path / "saved")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -152,7 +152,7 @@ def test_foreign_adapters_are_refused(tmp_path):
 def test_what_cannot_be_had_is_one_line(values, words, tmp_path):
     source = find_model(str(save_tiny(tmp_path / "base")))
     with pytest.raises(UserError, match=words) as error:
-        load_model_for_training(source, load_config(source), settings(**values))
+        load_model_for_training(source, load_model_config(source), settings(**values))
     assert "\n" not in str(error.value)
 
 
@@ -203,7 +203,7 @@ def gradients(model):
 
 def test_a_4bit_model_computes_with_its_4bit_weights_before_and_after_an_evaluation(bitsandbytes, tmp_path):
     source = find_model(str(save_wide(tmp_path / "base")))
-    model = disturbed(load_model_for_training(source, load_config(source), settings(**QLORA)))
+    model = disturbed(load_model_for_training(source, load_model_config(source), settings(**QLORA)))
     packed = packed_weights(model)
     assert len(packed) == 14 and {m.weight.dtype for m in packed.values()} == {torch.uint8}
     assert {m.weight.quant_state.quant_type for m in packed.values()} == {"nf4"}
@@ -214,7 +214,7 @@ def test_a_4bit_model_computes_with_its_4bit_weights_before_and_after_an_evaluat
     # The same in 16 bits, with the values that the 4 bits stand for: NF4's values are up to 0.152 of a block's largest
     # weight away, and its scales are rounded in turn.
     truth, plain = (
-        load_model_for_training(source, load_config(source), settings(use_peft=True, lora_r=4, dtype=dtype))
+        load_model_for_training(source, load_model_config(source), settings(use_peft=True, lora_r=4, dtype=dtype))
         for dtype in ("float32", "bfloat16")
     )
     for other in (truth, plain):
@@ -268,13 +268,13 @@ def test_a_4bit_run_trains_saves_and_continues_exactly(bitsandbytes, tmp_path):
     assert not (run_dir / "model" / "model.safetensors").exists()
 
     saved = find_model(str(run_dir / "model"))
-    again = load_model_for_training(saved, load_config(saved), config)
+    again = load_model_for_training(saved, load_model_config(saved), config)
     opened = AutoPeftModelForCausalLM.from_pretrained(run_dir / "model")
     ours, theirs = (
         {name: p for name, p in m.named_parameters() if "lora_" in name and p.abs().max() > 0} for m in (again, opened)
     )
     assert len(ours) == 28 and all(torch.equal(p, theirs[name]) for name, p in ours.items())
-    assert torch.isfinite(load_model(saved, load_config(saved), device="cpu")(IDS).logits).all()
+    assert torch.isfinite(load_model(saved, load_model_config(saved), device="cpu")(IDS).logits).all()
     # Where the base is gone there are no whole weights to save in its place.
     shutil.rmtree(tmp_path / "model")
     save_pretrained(again, tiny_tokenizer(), tmp_path / "orphan")
@@ -286,20 +286,20 @@ def test_4bit_weights_need_bitsandbytes_a_device_of_its_and_no_gguf(monkeypatch,
     source = find_model(str(save_tiny(tmp_path / "base")))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="load_in_4bit: needs bitsandbytes: pip"):
         patch.setattr("importlib.util.find_spec", lambda name, *_: None)
-        load_model_for_training(source, load_config(source), settings(**QLORA))
+        load_model_for_training(source, load_model_config(source), settings(**QLORA))
     bitsandbytes = pytest.importorskip("bitsandbytes")
     if "cpu" in getattr(bitsandbytes, "supported_torch_devices", ()):
         with pytest.raises(UserError, match=r"load_in_4bit: .*multiple of 64 weights only, and model\..* has 32"):
-            load_model_for_training(source, load_config(source), settings(**QLORA))
+            load_model_for_training(source, load_model_config(source), settings(**QLORA))
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda", "xpu"}, raising=False)
     with pytest.raises(UserError, match="load_in_4bit: bitsandbytes has no kernels for cpu, only for cuda, xpu"):
-        load_model_for_training(source, load_config(source), settings(**QLORA))
+        load_model_for_training(source, load_model_config(source), settings(**QLORA))
     monkeypatch.undo()
     (tmp_path / "gguf").mkdir()
     write_gguf(tmp_path / "gguf" / "tiny.gguf", tiny_model(), tiny_tokenizer())
     source = find_model(str(tmp_path / "gguf"))
     with pytest.raises(UserError, match="load_in_4bit: a GGUF file cannot be quantized again"):
-        load_model_for_training(source, load_config(source), settings(**QLORA))
+        load_model_for_training(source, load_model_config(source), settings(**QLORA))
 
 
 def test_attention_by_what_is_installed(tmp_path, monkeypatch):
@@ -314,7 +314,5 @@ def test_attention_by_what_is_installed(tmp_path, monkeypatch):
     assert find_attention("auto", "float32", "cuda") is None  # flash-attn computes in 16 bits only
     source = find_model(str(save_tiny(tmp_path / "base")))
     for name, expected in (("auto", "sdpa"), ("eager", "eager")):
-        model = load_model_for_training(
-            source, load_config(source), dataclasses.replace(settings(), attn_implementation=name)
-        )
+        model = load_model_for_training(source, load_model_config(source), settings().changed(attn_implementation=name))
         assert model.config._attn_implementation == expected

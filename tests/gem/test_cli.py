@@ -1,9 +1,9 @@
 """The command line of what reads: evaluate, score, config; every help fits a screen."""
 
-import dataclasses
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import yaml
@@ -91,7 +91,7 @@ def test_score_finds_answers_as_asked(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("preset", ["paper", "safe"])
 def test_a_printed_config_is_read_back(preset, tmp_path, monkeypatch, capsys):
     code, out, _ = call(["config", "--preset", preset], monkeypatch, capsys)
-    assert code == 0 and set(yaml.safe_load(out)) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert code == 0 and set(yaml.safe_load(out)) == set(TrainConfig.model_fields)
     (tmp_path / "c.yaml").write_text(out)
     assert load_config(tmp_path / "c.yaml", [], **NEEDED) == build_config({**NEEDED, "preset": preset})
     code, _, err = call(["config", "--preset", "wild"], monkeypatch, capsys)
@@ -107,6 +107,24 @@ def test_every_help_fits_a_screen(columns, monkeypatch, capsys):
         lines = out.rstrip().splitlines()
         assert code == 0 and "Usage:" in out
         assert len(lines) <= 40 and max(map(len, lines)) <= columns, command
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    code, out, err = call(["--version"], monkeypatch, capsys)
+    assert (code, out, err) == (0, f"gem-kernels {metadata.version('gem-kernels')}\n", "")
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    code, out, err = call(["--version"], monkeypatch, capsys)
+    assert code == 2 and out == "" and err.startswith("gem: --version: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "train", "data arithmetic"])
+def test_h_is_help(command, monkeypatch, capsys):
+    code, out, _ = call([*command.split(), "-h"], monkeypatch, capsys)
+    assert code == 0 and out == call([*command.split(), "--help"], monkeypatch, capsys)[1]
 
 
 def test_help_needs_no_model_library():

@@ -1,12 +1,11 @@
 """Configuration: types, ranges, flags over file, nearest names, and the way back from the saved file."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from gem.config.read import build_config, commented_config, load_config, parse_flags, save_config
-from gem.config.settings import TrainConfig
+from gem.config.settings import GuardSettings, Sampling, Scoring, TrainConfig
 from gem.errors import UserError
 
 NEEDED = {"model": "m", "train_file": "t.jsonl", "output_dir": "o"}
@@ -59,11 +58,11 @@ def test_every_setting_survives_saving(tmp_path):
 
 
 def test_every_number_has_a_checked_range():
-    """A new numeric setting without a range would let nonsense through: -1 must be refused for each."""
-    for field in dataclasses.fields(TrainConfig):
+    """A new numeric setting without a range would let nonsense through: -1 must be refused (-1e6 for lambda)."""
+    for name, field in TrainConfig.model_fields.items():
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-            with pytest.raises(UserError, match=field.name):
-                build_config({**NEEDED, field.name: type(field.default)(-1)})
+            with pytest.raises(UserError, match=name):
+                build_config({**NEEDED, name: type(field.default)(-1 if name != "fork_weight" else -1e6)})
 
 
 def test_flags_need_values():
@@ -83,8 +82,8 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_every_setting_is_documented():
-    for field in dataclasses.fields(TrainConfig):
-        assert len(field.metadata["help"]) > 3, field.name
+    for name, field in TrainConfig.model_fields.items():
+        assert len(field.description) > 3, name
     assert "gem config" in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
@@ -94,8 +93,8 @@ def test_the_printed_config_reads_back_to_the_preset(preset, tmp_path):
     path.write_text(commented_config(preset))
     config = load_config(path, ["--model", "m", "--train_file", "t", "--output_dir", "o"])
     assert config == build_config({**NEEDED, "train_file": "t", "preset": preset})
-    for field in dataclasses.fields(TrainConfig):
-        assert f"\n{field.name}:" in "\n" + path.read_text()
+    for name in TrainConfig.model_fields:
+        assert f"\n{name}:" in "\n" + path.read_text()
     with pytest.raises(UserError, match="model"):
         load_config(path)
 
@@ -137,3 +136,49 @@ def test_settings_that_need_each_other(values, word):
 
 def test_off_without_quotes_is_off():
     assert build_config({**NEEDED, "guards": False}).guards == "off"  # YAML 1.1 reads off as false
+
+
+SECTIONS = [base for base in TrainConfig.__mro__ if base.__module__ == TrainConfig.__module__]
+
+
+def test_a_config_is_every_section_and_each_can_be_made_alone():
+    config = build_config(NEEDED)
+    assert len(SECTIONS) > 12 and all(isinstance(config, section) for section in SECTIONS)
+    for section in SECTIONS:
+        if section not in (TrainConfig,):
+            alone = section()
+            assert all(getattr(alone, name) == field.default for name, field in section.model_fields.items())
+    assert Sampling(num_generations=1, temperature=0).temperature == 0.0
+    assert isinstance(config.changed(beta=1), TrainConfig) and config.changed(beta=1).beta == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: TrainConfig(**NEEDED, learning_rate=-1), "learning_rate: expected at least 0, got -1"),
+        (lambda: TrainConfig(learning_rate=1.0), "model: expected a value"),
+        (lambda: Sampling(top_p=0), "top_p: expected more than 0, got 0"),
+        (lambda: Sampling(tempreature=1.0), "unknown key 'tempreature'; did you mean 'temperature'?"),
+        (lambda: Scoring(trim="median"), "trim: expected one of none, mad, rank, got 'median'"),
+        (lambda: Scoring().changed(top_m=1.5), "top_m: expected a share up to 1.0"),
+        (lambda: GuardSettings(guard_kl=float("inf")), "guard_kl: expected a finite number, got inf"),
+    ],
+)
+def test_no_way_of_making_settings_goes_unchecked(make, words):
+    with pytest.raises(UserError) as error:
+        make()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        build_config(NEEDED).beta = 1.0
+
+
+def test_a_setting_of_several_sections_is_one():
+    """The same default, meaning and range wherever it stands."""
+    found = {}
+    for section in SECTIONS:
+        for name, field in section.model_fields.items():
+            said = (field.annotation, field.default, field.description, field.json_schema_extra["limits"])
+            assert found.setdefault(name, said) == said, name

@@ -8,25 +8,31 @@ import pytest
 import torch
 
 from gem.config.read import build_config
-from gem.config.settings import DIRECT_SYSTEM_PROMPT
-from gem.data import sources as rows
+from gem.config.settings import DIRECT_SYSTEM_PROMPT, RowSettings, TextSettings
+from gem.data import sources
 from gem.data.answers import answer_finders
 from gem.data.batches import collate
-from gem.data.pairs import PairOptions, load_pairs, load_run_pairs, pair_options, sft_target, split_pairs
-from gem.data.prompts import prompt_format, run_system_prompt
-from gem.data.sources import RowPolicy, read_rows
+from gem.data.pairs import load_pairs, load_run_pairs, sft_target, split_pairs
+from gem.data.prompts import text_format
+from gem.data.sources import read_rows
 from gem.errors import UserError
 from tests.helpers import tiny_tokenizer
 
 GOOD = {"prompt": "1 + 1?", "chosen": "Final Answer: 2", "rejected": "Final Answer: 3"}
 
 
-FORM = prompt_format(tiny_tokenizer(), "")
-SKIP = RowPolicy("skip", "skip", "skip")
+FORM = text_format(tiny_tokenizer(), TextSettings(system_prompt=""))
+SKIP = {"bad_rows": "skip", "duplicate_rows": "skip", "overlong_rows": "skip"}
 
 
-def load(path, context=None, split="train", **options):
-    return load_pairs(path, FORM, context, PairOptions(**options), split)
+def load(path, context=None, split="train", *, room=0, **settings):
+    return load_pairs(path, FORM, context, RowSettings(**settings), split, room=room)
+
+
+def form_with(finders, marker="Final Answer:", chain_of_thought=True):
+    return dataclasses.replace(
+        FORM, finders=answer_finders(finders, marker), marker=marker, chain_of_thought=chain_of_thought
+    )
 
 
 def text(ids):
@@ -79,7 +85,7 @@ def test_all_bad_rows_are_in_one_report(tmp_path):
     other = {**GOOD, "prompt": "1 + 2?"}
     path = write(tmp_path / "pairs.jsonl", b"{", GOOD, {**GOOD, "prompt": "x" * 300}, b"[", GOOD, other)
     with pytest.raises(UserError) as error:
-        load(path, 256, policy=RowPolicy("error", "error", "error"))
+        load(path, 256, duplicate_rows="error")
     first, *listed = str(error.value).split("\n")
     assert first.startswith(f"{path}: 4 of 6 rows cannot be used; correct them, or set")
     assert "bad_rows: skip, overlong_rows: skip, duplicate_rows: skip" in first
@@ -87,12 +93,12 @@ def test_all_bad_rows_are_in_one_report(tmp_path):
     assert f"the same pair stands at {path}:2" in listed[3] and "more than the model's context of 256" in listed[1]
     # The policy of each kind is its own.
     with pytest.raises(UserError, match=r"2 of 6 rows cannot be used; correct them, or set bad_rows: skip\n"):
-        load(path, 256, policy=RowPolicy("error", "skip", "skip"))
-    pairs, report = load(path, 256, policy=SKIP)
+        load(path, 256, **{**SKIP, "bad_rows": "error"})
+    pairs, report = load(path, 256, **SKIP)
     assert len(pairs) == 2 and report.counts() == {"bad": 2, "duplicate": 1, "overlong": 1}
     assert str(report).startswith(f"{path}: left out 4 of 6 rows (2 bad, 1 duplicate, 1 overlong)")
     assert f"the first: {path}:1: not valid JSON" in str(report)
-    pairs, report = load(path, 512, policy=RowPolicy("skip", "keep", "error"))
+    pairs, report = load(path, 512, bad_rows="skip", duplicate_rows="keep")
     assert len(pairs) == 4 and report.counts() == {"bad": 2}
 
 
@@ -107,7 +113,7 @@ def test_no_pairs_and_no_file(tmp_path):
     with pytest.raises(UserError, match="no pairs"):
         load(write(tmp_path / "empty.jsonl", b""))
     with pytest.raises(UserError, match=r"no pairs .* left out 1 of 1 rows"):
-        load(write(tmp_path / "bad.jsonl", b"{"), policy=SKIP)
+        load(write(tmp_path / "bad.jsonl", b"{"), **SKIP)
     with pytest.raises(UserError, match="cannot read"):
         load(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="cannot read"):
@@ -117,9 +123,9 @@ def test_no_pairs_and_no_file(tmp_path):
 def test_room_for_sampled_answers_counts(tmp_path):
     path = write(tmp_path / "p.jsonl", GOOD)
     length = len(load(path)[0][0].prompt_ids)
-    assert load(path, length + 100, max_completion_length=100)
+    assert load(path, length + 100, room=100)
     with pytest.raises(UserError, match=rf"p\.jsonl:1: the prompt has {length} tokens .* need up to 101"):
-        load(path, length + 100, max_completion_length=101)
+        load(path, length + 100, room=101)
 
 
 def test_answer_may_be_a_number(tmp_path):
@@ -130,7 +136,8 @@ def test_answer_may_be_a_number(tmp_path):
 def test_columns_are_mapped(tmp_path):
     row = {"question": "1 + 1?", "good": "2", "worse": "3", "label": 2, "answer": [0]}
     path = write(tmp_path / "p.jsonl", row)
-    names = {"prompt": "question", "chosen": "good", "rejected": "worse", "answer": "label"}
+    columns = {"prompt": "question", "chosen": "good", "rejected": "worse", "answer": "label"}
+    names = {f"{key}_column": name for key, name in columns.items()}
     assert load(path, **names)[0][0].answer == "2"
     with pytest.raises(UserError, match=r'"good" is missing.*"question", "good" and "worse".*--prompt-column'):
         load(write(tmp_path / "q.jsonl", GOOD), **names)
@@ -176,7 +183,7 @@ def test_messages_that_contradict_the_prompt_are_bad(tmp_path):
 
 
 def test_a_system_message_stands_in_place_of_the_configured_prompt():
-    form = prompt_format(tiny_tokenizer(), "Think.")
+    form = text_format(tiny_tokenizer(), TextSettings(system_prompt="Think."))
     own = (("system", "Mine."), ("user", "Why?"))
     assert text(form.prompt_ids(own)).startswith("<|im_start|>system\nMine.<|im_end|>\n<|im_start|>user\nWhy?")
     assert form.prompt_ids((("user", "Why?"),)) == form.prompt_ids("Why?")
@@ -236,10 +243,10 @@ def test_a_hub_dataset_has_configuration_and_split(monkeypatch):
             raise ValueError("Unknown split 'dev'.")
         return [GOOD, {**GOOD, "chosen": " "}]
 
-    monkeypatch.setattr(rows, "_datasets", lambda source: types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(sources, "_datasets", lambda source: types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(UserError, match=r'^org/name:main\[test\[:2\]\] row 1: "chosen" is empty'):
         load("org/name:main", split="test[:2]")
-    assert len(load("org/name", policy=SKIP)[0]) == 1
+    assert len(load("org/name", **SKIP)[0]) == 1
     assert asked == [("org/name", "main", "test[:2]"), ("org/name", None, "train")]
     with pytest.raises(UserError, match=r"org/name: neither a file .* \(split 'dev'\) .* Unknown split"):
         load("org/name", split="dev")
@@ -255,20 +262,20 @@ def test_a_hub_dataset_has_configuration_and_split(monkeypatch):
     ],
 )
 def test_sft_answers_show_their_final_answer(chosen, answer, target):
-    assert sft_target(chosen, answer, PairOptions()) == target
-    last = PairOptions(finders=answer_finders(["marker", "last_sentence"]))
+    assert sft_target(chosen, answer, FORM) == target
+    last = form_with(["marker", "last_sentence"])
     assert sft_target(chosen, answer, last) == target  # a position is no mark
 
 
 def test_sft_answers_with_another_mark_are_left_alone():
-    both = PairOptions(finders=answer_finders(["boxed", "marker"]))
+    both = form_with(["boxed", "marker"])
     assert sft_target(r"\boxed{4}", "4", both) == r"\boxed{4}"
-    assert sft_target("4", "4", PairOptions(finders=answer_finders(["boxed"]))) == "4"
-    assert sft_target("4", "4", PairOptions(finders=answer_finders(["marker"], "####"), marker="####")) == "4\n#### 4"
+    assert sft_target("4", "4", form_with(["boxed"])) == "4"
+    assert sft_target("4", "4", form_with(["marker"], "####")) == "4\n#### 4"
 
 
 def test_without_chain_of_thought_the_answer_alone_is_taught():
-    options = PairOptions(chain_of_thought=False)
+    options = form_with(["marker"], chain_of_thought=False)
     assert sft_target("2 + 2\nFinal Answer: 4\n", "5", options) == "Final Answer: 4"
     assert sft_target("2 + 2 = 4", "4", options) == "Final Answer: 4"
     assert sft_target("2 + 2\n4", None, options) == "Final Answer: 4"
@@ -276,9 +283,9 @@ def test_without_chain_of_thought_the_answer_alone_is_taught():
 
 def test_answers_without_chain_need_the_marker():
     config = build_config({"model": "m", "train_file": "t", "output_dir": "o", "answer_span": "boxed"})
-    assert pair_options(config).finders[0].name == "boxed"
+    assert text_format(tiny_tokenizer(), config).finders[0].name == "boxed"
     with pytest.raises(UserError, match="answer_span: expected marker"):
-        pair_options(dataclasses.replace(config, chain_of_thought=False))
+        config.changed(chain_of_thought=False)
 
 
 def test_a_run_reads_its_sources_as_configured(tmp_path):
@@ -287,14 +294,15 @@ def test_a_run_reads_its_sources_as_configured(tmp_path):
     train, held_out, reports = load_run_pairs(config, FORM, None)
     assert (len(train), len(held_out)) == (9, 2) and [r.counts() for r in reports] == [{"duplicate": 1}]
     assert text(train[0].sft_ids) == "Final Answer: 2<|im_end|>" and text(train[0].chosen_ids) == "2<|im_end|>"
-    two = dataclasses.replace(config, eval_file=str(path), chain_of_thought=False)
+    two = config.changed(eval_file=str(path), chain_of_thought=False)
     assert [len(part) for part in load_run_pairs(two, FORM, None)] == [11, 11, 2]
-    assert run_system_prompt(two) == DIRECT_SYSTEM_PROMPT and run_system_prompt(config) == config.system_prompt
+    assert text_format(tiny_tokenizer(), two).system_prompt == DIRECT_SYSTEM_PROMPT
+    assert text_format(tiny_tokenizer(), config).system_prompt == config.system_prompt
 
 
 def test_prompts_follow_the_chat_template_and_answers_close_the_turn():
     tokenizer = tiny_tokenizer()
-    form = prompt_format(tokenizer, "Think.")
+    form = text_format(tokenizer, TextSettings(system_prompt="Think."))
     assert tokenizer.decode(form.prompt_ids("Why?")) == (
         "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -306,20 +314,20 @@ def test_the_template_and_not_eos_says_how_a_turn_ends():
     tokenizer = tiny_tokenizer()
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = "<pad>"
-    assert prompt_format(tokenizer, "").end_of_turn == end_of_turn
+    assert text_format(tokenizer, TextSettings(system_prompt="")).end_of_turn == end_of_turn
 
 
 def test_a_template_without_system_role_gets_the_system_prompt_in_the_question():
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer = tiny_tokenizer(template + "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
-    assert tokenizer.decode(prompt_format(tokenizer, "Think.").prompt_ids("Why?")) == (
+    assert tokenizer.decode(text_format(tokenizer, TextSettings(system_prompt="Think.")).prompt_ids("Why?")) == (
         "<|im_start|>Think.\n\nWhy?<|im_end|>"
     )
 
 
 def test_without_a_template_the_format_is_plain():
     tokenizer = tiny_tokenizer(chat_template=None)
-    form = prompt_format(tokenizer, "Think.")
+    form = text_format(tokenizer, TextSettings(system_prompt="Think."))
     assert tokenizer.decode(form.prompt_ids("Why?")) == "Think.\n\nQuestion: Why?\nAnswer:\n"
     assert form.end_of_turn == tokenizer.eos_token_id
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.evaluation import evaluate as evaluation
-from gem.evaluation.evaluate import evaluate, preference_accuracy, reward_differences, sampled_answers
+from gem.evaluation.evaluate import evaluate, reward_differences, sampled_answers
 from gem.evaluation.statistics import wilson_interval
-from gem.model.forward import pair_logprobs
-from gem.rollout.sample import Sampling, given_completions
-from gem.scoring.score import Scoring, rank_candidates
-from tests.helpers import tiny_model, tiny_tokenizer
+from gem.model.forward import Policy, pair_logprobs
+from gem.rollout.sample import given_completions
+from gem.scoring.score import rank_candidates
+from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -36,9 +37,28 @@ def alone(prompt_ids, answer_ids):
     return float(logprobs[torch.arange(len(answer_ids)), torch.tensor(answer_ids)].double().sum())
 
 
+def run(pairs, *, reduction="sum", reference=None, **more):
+    return evaluate(
+        Policy(MODEL),
+        FORM,
+        pairs,
+        EvaluationSettings(**{"eval_generate": 8, "eval_sample": 2, "eval_batch_size": 4, **more}),
+        Sampling(num_generations=3, max_completion_length=8),
+        Scoring(),
+        console=Console(file=io.StringIO()),
+        name="test",
+        reduction=reduction,
+        reference=reference,
+    )
+
+
+def preference_accuracy(pairs):
+    return run(pairs, eval_generate=0, eval_sample=0).preference
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_rewards_are_log_probs_of_whole_answers_in_the_order_of_the_pairs(batch_size):
-    rewards = pair_logprobs(MODEL, PAIRS, pad_id=0, batch_size=batch_size)
+    rewards = pair_logprobs(Policy(MODEL), PAIRS, pad_id=0, batch_size=batch_size)
     for row, one in zip(rewards.tolist(), PAIRS):
         for value, ids in zip(row, (one.chosen_ids, one.rejected_ids)):
             assert value == pytest.approx(alone(one.prompt_ids, ids), rel=1e-4)
@@ -54,7 +74,7 @@ def test_differences_by_hand():
 
 def test_accuracy_counts_wins_and_half_of_ties():
     ties = [pair(prompt, "same", "same") for prompt in ("q", "w")]
-    accuracy = preference_accuracy(MODEL, [*PAIRS, *ties], pad_id=0)
+    accuracy = preference_accuracy([*PAIRS, *ties])
     wins = sum(alone(p.prompt_ids, p.chosen_ids) > alone(p.prompt_ids, p.rejected_ids) for p in PAIRS)
     assert accuracy.accuracy == pytest.approx((wins + 1) / 9)
     assert accuracy.num_pairs == 9
@@ -63,31 +83,22 @@ def test_accuracy_counts_wins_and_half_of_ties():
 
 def test_exchanging_the_answers_mirrors_the_accuracy():
     swapped = [dataclasses.replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
-    one, other = (preference_accuracy(MODEL, pairs, pad_id=0) for pairs in (PAIRS, swapped))
+    one, other = (preference_accuracy(pairs) for pairs in (PAIRS, swapped))
     assert one.accuracy + other.accuracy == pytest.approx(1)
     assert one.margin == pytest.approx(-other.margin, abs=1e-4)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
     """Each pair four times: the same accuracy, and an interval that is no narrower than that of the prompts."""
-    one = preference_accuracy(MODEL, PAIRS, pad_id=0)
-    copies = preference_accuracy(MODEL, PAIRS * 4, pad_id=0)
+    one = preference_accuracy(PAIRS)
+    copies = preference_accuracy(PAIRS * 4)
     assert copies.accuracy == one.accuracy and copies.num_pairs == 28
     assert copies.high - copies.low > 0.8 * (one.high - one.low)
     assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), abs=1e-4)
 
 
-def run(pairs, **more):
-    arguments = {"num_generate": 8, "num_sample": 2, "reduction": "sum", "batch_size": 4, "seed": 0, **more}
-    console = Console(file=io.StringIO())
-    return evaluate(
-        MODEL, TOKENIZER, pairs, sampling=Sampling(3, 8), scoring=Scoring(), end_token_ids=[END],
-        marker="Final Answer:", console=console, name="test", **arguments,
-    )  # fmt: skip
-
-
 def test_unknown_answers_and_no_samples_give_no_numbers():
-    result = run(PAIRS, num_sample=0)
+    result = run(PAIRS, eval_sample=0)
     assert result.answers is None and result.candidates is None
     assert result.preference.num_pairs == 7
 
@@ -100,20 +111,20 @@ def test_candidates_of_each_prompt_are_scored_the_same_way_twice():
 
 
 def test_the_reference_makes_rewards_relative():
-    start = run(PAIRS, num_sample=0)
+    start = run(PAIRS, eval_sample=0)
     assert set(start.preferences) == {"sum", "mean"} and start.preference == start.preferences["sum"]
-    same = run(PAIRS, num_sample=0, reduction="relative", reference=start.logprobs)
+    same = run(PAIRS, eval_sample=0, reduction="relative", reference=start.logprobs)
     assert same.preference.accuracy == 0.5 and same.preference.margin == 0  # all ties
     assert same.calibration.brier.value == 0.25 and same.preferences["sum"] == start.preference
     tilted = start.logprobs - torch.tensor([1.0, 0.0])
-    assert run(PAIRS, num_sample=0, reduction="relative", reference=tilted).preference.accuracy == 1.0
-    assert run(PAIRS, num_sample=0, reduction="mean").preference == start.preferences["mean"]
+    assert run(PAIRS, eval_sample=0, reduction="relative", reference=tilted).preference.accuracy == 1.0
+    assert run(PAIRS, eval_sample=0, reduction="mean").preference == start.preferences["mean"]
 
 
 def rollout_of(*texts, size):
     rows = [[*TOKENIZER.encode(text), END] for text in texts]
     prompts = [[5, 6]] * (len(rows) // size)
-    return given_completions(TOKENIZER, prompts, rows, end_token_ids=[END], marker="Final Answer:")
+    return given_completions(FORM, prompts, rows)
 
 
 def test_right_and_wrong_candidates():
@@ -146,14 +157,13 @@ def test_answers_are_matched_where_they_are_known(monkeypatch):
     said = [*TOKENIZER.encode("2 + 2. Final Answer: $4.00"), END]
     rollouts = []
 
-    def says_four(model, tokenizer, prompts, sampling, **more):
+    def says_four(policy, form, prompts, sampling, **more):
         rollouts.append(sampling)
-        more = {key: more[key] for key in ("end_token_ids", "marker")}
-        return given_completions(tokenizer, prompts, [said] * len(prompts), **more)
+        return given_completions(form, prompts, [said] * len(prompts))
 
     monkeypatch.setattr(evaluation, "roll_out", says_four)
     pairs = [pair("a", "x", "y", "4"), pair("b", "x", "y", "5"), pair("c", "x", "y")]
-    result = run(pairs, num_sample=0)
+    result = run(pairs, eval_sample=0)
     assert result.answers.accuracy == 0.5 and result.answers.num_problems == 2
     assert result.answers.answer_span_found == 1.0
     assert rollouts[0].temperature == 0 and rollouts[0].num_generations == 1

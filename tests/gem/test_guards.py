@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from gem.config.read import build_config
+from gem.config.settings import GuardSettings, Scoring
+from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.run.guards import Baseline, Breach, Guards, Limits, breaches, lowered, next_baseline
+from gem.run.guards import Baseline, Breach, Guards, breaches, lowered, next_baseline
 from gem.run.metrics import fork_repetition
 from gem.scoring.forks import fork_tokens, repeated_tokens
-from gem.scoring.score import Scoring, score_rollout
-from tests.helpers import END, TOKENIZER, encode, rollout_of, tiny_model
+from gem.scoring.score import score_rollout
+from tests.helpers import END, FORM, encode, rollout_of, tiny_model
 
 START = Baseline(mean_length=40.0, span_rate=0.8, best_preference=0.75)
 CALM = {
@@ -25,8 +27,8 @@ def guards(action="warn", **values):
 
 
 def test_at_the_limits_nothing_fires():
-    assert breaches(CALM, START, Limits()) == []
-    assert breaches({**CALM, "completions/mean_length": 20.0}, START, Limits()) == []
+    assert breaches(CALM, START, GuardSettings()) == []
+    assert breaches({**CALM, "completions/mean_length": 20.0}, START, GuardSettings()) == []
 
 
 @pytest.mark.parametrize(
@@ -43,15 +45,15 @@ def test_at_the_limits_nothing_fires():
     ],
 )
 def test_beyond_its_limit_each_fires_alone(guard, key, value, limit):
-    (breach,) = breaches({**CALM, key: value}, START, Limits())
+    (breach,) = breaches({**CALM, key: value}, START, GuardSettings())
     assert (breach.guard, breach.value, breach.limit) == (guard, value, pytest.approx(limit))
     assert f"{value:.4g}" in breach.message and f"{limit:.4g}" in breach.message
 
 
 def test_what_is_missing_or_nan_fires_nothing():
-    assert breaches({}, START, Limits()) == []
-    assert breaches(dict.fromkeys(CALM, math.nan), START, Limits()) == []
-    assert breaches({**CALM, "completions/mean_length": 1e6}, Baseline(), Limits()) == []
+    assert breaches({}, START, GuardSettings()) == []
+    assert breaches(dict.fromkeys(CALM, math.nan), START, GuardSettings()) == []
+    assert breaches({**CALM, "completions/mean_length": 1e6}, Baseline(), GuardSettings()) == []
 
 
 def test_the_start_is_the_first_step_and_the_best_evaluation_moves_on():
@@ -107,7 +109,7 @@ def test_repeated_tokens_by_hand():
 
 def test_repetition_of_a_rollout_is_the_mean_share():
     rollout = rollout_of(num_prompts=2)
-    scored = score_rollout(tiny_model(), rollout, Scoring(), batch_size=2)
+    scored = score_rollout(Policy(tiny_model()), rollout, Scoring(), batch_size=2)
     batch = rollout.batch
     fork = fork_tokens(scored.entropy, batch.completion_mask, rollout.spans.answer_start, 1.0)
     repeats = repeated_tokens(batch.completion_ids, batch.completion_mask)
@@ -115,12 +117,9 @@ def test_repetition_of_a_rollout_is_the_mean_share():
     assert 0 < len(shares) <= 4
     assert fork_repetition(scored, 1.0) == pytest.approx(sum(shares) / len(shares))
     assert fork_repetition(scored, 1.0) < 0.5
-    looped = score_rollout(tiny_model(), _loop(), Scoring(), batch_size=1)
+    looped = score_rollout(Policy(tiny_model()), _loop(), Scoring(), batch_size=1)
     assert fork_repetition(looped, 1.0) > 0.5
 
 
 def _loop():
-    return given_completions(
-        TOKENIZER, [encode("q")], [(*encode("on and " * 20 + "Final Answer: 1"), END)] * 2,
-        end_token_ids=[END], marker="Final Answer:",
-    )  # fmt: skip
+    return given_completions(FORM, [encode("q")], [(*encode("on and " * 20 + "Final Answer: 1"), END)] * 2)

@@ -7,6 +7,7 @@ from transformers import modeling_flash_attention_utils as flash_attention
 
 from gem.errors import UserError
 from gem.model import forward
+from gem.model.forward import Policy
 from gem.model.load import (
     ModelSource,
     context_length,
@@ -14,6 +15,7 @@ from gem.model.load import (
     find_model,
     load_config,
     load_model,
+    load_model_config,
     load_tokenizer,
     save_pretrained,
 )
@@ -76,7 +78,7 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     source = find_model(str(tmp_path / "model"))
     with pytest.raises(UserError, match="cannot load") as error:
-        load_model(source, load_config(source), device="cpu")
+        load_model(source, load_model_config(source), device="cpu")
     assert "\n" not in str(error.value)
 
 
@@ -139,7 +141,7 @@ def test_padding_free_tells_flash_attention_where_the_sequences_end(make, checkp
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config._attn_implementation = attention
-        stats = forward.completion_stats(model, batch, padding_free=padding_free)
+        stats = forward.completion_stats(Policy(model, padding_free), batch)
         (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum().backward()
         return stats, {name: p.grad for name, p in model.named_parameters()}
 

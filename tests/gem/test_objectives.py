@@ -7,16 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from gem.config.settings import DpoUpdate, Lora, Scoring, SegaUpdate
 from gem.data.batches import TokenizedPair
-from gem.model.forward import completion_stats, measured_stats, pair_logprobs
-from gem.model.lora import Lora, add_lora
+from gem.model.forward import Policy, completion_stats, measured_stats, pair_logprobs
+from gem.model.lora import add_lora
 from gem.model.starting_policy import StartingPolicy
 from gem.rollout.sample import given_completions
-from gem.scoring.score import Scoring, score_rollout
+from gem.scoring.score import score_rollout
 from gem.update.dpo import dpo_step, filtered_pairs
-from gem.update.optimizer import Trainer
-from gem.update.sega import SegaUpdate, clip_range, clipped_loss, k3, mean_kl, sega_step
-from tests.helpers import END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
+from gem.update.optimizer import NO_STEP
+from gem.update.sega import clip_range, clipped_loss, k3, mean_kl, sega_step
+from tests.helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
 
 CPU = Accelerator(cpu=True)
 
@@ -45,7 +46,7 @@ def gradient_of(model):
 
 
 def scored_rollout(**arguments):
-    return score_rollout(tiny_model(), rollout_of(num_prompts=4, size=3), Scoring(**arguments), batch_size=4)
+    return score_rollout(Policy(tiny_model()), rollout_of(num_prompts=4, size=3), Scoring(**arguments), batch_size=4)
 
 
 def off_policy(scored, seed=3):
@@ -92,10 +93,10 @@ def test_clipped_sega_with_kl_is_float64_autograd(loss_type, epsilon, epsilon_hi
     loss.backward()
     assert (clipped > 0) == (epsilon is not None)
     for micro_batch_size in (4, 1):
-        trainer = Recorder(tiny_model())
+        trainer = Recorder(tiny_model(), micro_batch_size=micro_batch_size)
         update = SegaUpdate(
-            loss_type=loss_type, max_completion_length=64, temperature=0.8, micro_batch_size=micro_batch_size,
-            epsilon=epsilon, epsilon_high=epsilon_high, beta=beta,
+            loss_type=loss_type, max_completion_length=64, score_temperature=0.8, epsilon=epsilon,
+            epsilon_high=epsilon_high, beta=beta,
         )  # fmt: skip
         result = sega_step(trainer, scored, update, ref_logprobs=ref)
         assert result.loss == pytest.approx(loss.item(), rel=1e-4)
@@ -150,12 +151,12 @@ def test_kl_runs_groups_without_advantages_and_needs_the_start():
     scored, ref = off_policy(scored_rollout())
     scored = dataclasses.replace(scored, advantages=torch.zeros_like(scored.advantages))
     model = tiny_model()
-    assert sega_step(Recorder(model), scored, SegaUpdate()) is None
+    assert sega_step(Recorder(model), scored, SegaUpdate()) is NO_STEP
     trainer = Recorder(model)
     result = sega_step(trainer, scored, SegaUpdate(beta=0.1), ref_logprobs=ref)
     assert result.num_sequences == 12 and trainer.gradient.norm() > 0
     mask = scored.rollout.batch.completion_mask
-    now = measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
+    now = measured_stats(Policy(model), scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
     assert result.metrics["kl"] == pytest.approx(float(k3(now.double(), ref.double())[mask].mean()), rel=1e-4)
     assert mean_kl(scored, ref) == pytest.approx(
         float(k3(scored.logprobs.double(), ref.double())[mask].mean()), rel=1e-6
@@ -168,21 +169,21 @@ def test_iterations_move_on_until_the_clip_holds():
     """A large step leaves the range; from then on the clipped tokens of a group push no further."""
     scored = scored_rollout()
     model = tiny_model()
-    trainer = Trainer(model, CPU, learning_rate=5e-3, total_steps=8)
+    trainer = trainer_of(model, learning_rate=5e-3, total_steps=8)
     result = sega_step(trainer, scored, SegaUpdate(num_iterations=4, epsilon=0.05))
     assert trainer.num_steps == 4 and result.metrics["clip_ratio/region_mean"] > 0
     assert result.num_tokens == 4 * int(scored.rollout.batch.lengths.sum()) and result.learning_rate == 5e-3
-    once = sega_step(Trainer(tiny_model(), CPU, learning_rate=5e-3, total_steps=8), scored, SegaUpdate(epsilon=0.05))
+    once = sega_step(trainer_of(tiny_model(), learning_rate=5e-3, total_steps=8), scored, SegaUpdate(epsilon=0.05))
     assert once.metrics["clip_ratio/region_mean"] == 0
 
 
 def test_micro_batches_do_not_change_several_iterations():
-    scored = scored_rollout(scale="group")
+    scored = scored_rollout(reward_scale="group")
     weights = []
     for size in (4, 1):
         model = tiny_model()
-        trainer = Trainer(model, CPU, learning_rate=1e-3, total_steps=8, max_grad_norm=1e9)
-        sega_step(trainer, scored, SegaUpdate(num_iterations=3, epsilon=0.2, micro_batch_size=size))
+        trainer = trainer_of(model, learning_rate=1e-3, total_steps=8, max_grad_norm=1e9, micro_batch_size=size)
+        sega_step(trainer, scored, SegaUpdate(num_iterations=3, epsilon=0.2))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
     assert (weights[0] - start).norm() > 0.05
@@ -201,7 +202,7 @@ def dpo_pairs():
 
 def test_dpo_is_float64_autograd():
     pairs, beta = dpo_pairs(), 0.25
-    ref = pair_logprobs(tiny_model(seed=5), pairs, pad_id=0, batch_size=2)
+    ref = pair_logprobs(Policy(tiny_model(seed=5)), pairs, pad_id=0, batch_size=2)
     truth = double_model()
     start = tiny_model(seed=5).double()
     loss, won = torch.zeros((), dtype=torch.float64), 0.0
@@ -218,8 +219,8 @@ def test_dpo_is_float64_autograd():
         won += float(margin > 0) / len(pairs)
     loss.backward()
     for size in (4, 3, 1):
-        trainer = Recorder(tiny_model())
-        result = dpo_step(trainer, pairs, ref, dpo_beta=beta, pad_id=0, micro_batch_size=size)
+        trainer = Recorder(tiny_model(), micro_batch_size=size)
+        result = dpo_step(trainer, pairs, ref, DpoUpdate(dpo_beta=beta), pad_id=0)
         assert result.loss == pytest.approx(loss.item(), rel=1e-4)
         size_of = float(gradient_of(truth).abs().max())
         torch.testing.assert_close(trainer.gradient.double(), gradient_of(truth), rtol=1e-3, atol=1e-5 * size_of)
@@ -230,8 +231,8 @@ def test_dpo_is_float64_autograd():
 def test_dpo_starts_at_log_two():
     """Where nothing has moved every margin is 0: loss log 2, rewards 0, a tie counts half."""
     pairs = dpo_pairs()
-    ref = pair_logprobs(tiny_model(), pairs, pad_id=0, batch_size=4)
-    result = dpo_step(Recorder(tiny_model()), pairs, ref, dpo_beta=0.1, pad_id=0, micro_batch_size=4)
+    ref = pair_logprobs(Policy(tiny_model()), pairs, pad_id=0, batch_size=4)
+    result = dpo_step(Recorder(tiny_model()), pairs, ref, DpoUpdate(dpo_beta=0.1), pad_id=0)
     assert result.loss == pytest.approx(math.log(2), rel=1e-5)
     assert result.metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
@@ -241,9 +242,9 @@ def test_dpo_by_hand(monkeypatch):
     values = torch.tensor([[-3.0], [-5.0]], requires_grad=True)
     stats = type("Stats", (), {"logprobs": values})
     monkeypatch.setattr("gem.update.dpo.completion_stats", lambda *_, **__: stats)
-    trainer = Trainer(tiny_model(), CPU, learning_rate=0.0, total_steps=1)
+    trainer = trainer_of(tiny_model(), learning_rate=0.0, micro_batch_size=1)
     pairs, ref = dpo_pairs()[:1], torch.tensor([[-4.0, -4.0]])
-    result = dpo_step(trainer, pairs, ref, dpo_beta=0.5, pad_id=0, micro_batch_size=1)
+    result = dpo_step(trainer, pairs, ref, DpoUpdate(dpo_beta=0.5), pad_id=0)
     assert result.loss == pytest.approx(-math.log(1 / (1 + math.exp(-1))), rel=1e-6)
     assert result.metrics == pytest.approx(
         {"rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/accuracies": 1.0, "rewards/margins": 1.0}
@@ -268,7 +269,7 @@ def test_filtered_pairs_are_the_best_and_the_worst_by_their_own_ids():
 
 
 def trained(model, scored, steps=2):
-    trainer = Trainer(model, CPU, learning_rate=1e-2, total_steps=9)
+    trainer = trainer_of(model, learning_rate=1e-2, total_steps=9)
     for _ in range(steps):
         sega_step(trainer, scored, SegaUpdate())
     return model
@@ -281,12 +282,12 @@ def test_the_starting_policy_is_kept(kind):
     model = tiny_model()
     if kind != "full":
         torch.manual_seed(0)
-        model = add_lora(model, Lora(r=4))
+        model = add_lora(model, Lora(lora_r=4))
     if kind == "lora trained before":
         trained(model, scored)
 
     def logprobs(model):
-        return measured_stats(model, batch, temperature=1.0, batch_size=4).logprobs
+        return measured_stats(Policy(model), batch, temperature=1.0, batch_size=4).logprobs
 
     start = logprobs(model)
     reference = StartingPolicy(model)
@@ -312,30 +313,28 @@ def test_the_starting_policy_is_kept(kind):
 def test_lora_sega_step_moves_the_adapter_alone():
     scored = scored_rollout()
     torch.manual_seed(0)
-    model = add_lora(tiny_model(), Lora(r=4))
+    model = add_lora(tiny_model(), Lora(lora_r=4))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    before = measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
-    trainer = Trainer(model, CPU, learning_rate=1e-2, total_steps=9)
+    before = measured_stats(Policy(model), scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
+    trainer = trainer_of(model, learning_rate=1e-2, total_steps=9)
     reference = StartingPolicy(model)
     for _ in range(3):
         with reference.active() as policy:
-            ref = measured_stats(policy, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
+            ref = measured_stats(Policy(policy), scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
         assert torch.equal(ref, before)
         sega_step(trainer, scored, SegaUpdate(beta=0.1, num_iterations=2, epsilon=0.2), ref_logprobs=ref)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    change = (measured_stats(model, scored.rollout.batch, temperature=1.0, batch_size=4).logprobs - before).sum(1)
-    assert float((change * scored.advantages).sum()) > 0
+    after = measured_stats(Policy(model), scored.rollout.batch, temperature=1.0, batch_size=4).logprobs
+    assert float(((after - before).sum(1) * scored.advantages).sum()) > 0
 
 
 def test_measured_statistics_are_the_statistics_unpadded():
-    rollout = given_completions(
-        TOKENIZER, [encode("q"), encode("a longer question")], [(*encode("x"), END), (*encode("long answer"), END)] * 2,
-        end_token_ids=[END], marker="Final Answer:",
-    )  # fmt: skip
+    rows = [(*encode("x"), END), (*encode("long answer"), END)] * 2
+    rollout = given_completions(FORM, [encode("q"), encode("a longer question")], rows)
     model = tiny_model()
-    whole = completion_stats(model, rollout.batch).logprobs
+    whole = completion_stats(Policy(model), rollout.batch).logprobs
     for size in (1, 2):
-        found = measured_stats(model, rollout.batch, temperature=1.0, batch_size=size).logprobs
+        found = measured_stats(Policy(model), rollout.batch, temperature=1.0, batch_size=size).logprobs
         torch.testing.assert_close(found, whole.detach(), rtol=1e-4, atol=1e-4)
         assert bool((found[~rollout.batch.completion_mask] == 0).all())
 
@@ -346,7 +345,7 @@ def test_measured_statistics_are_the_statistics_unpadded():
 def test_small_steps_are_not_lost_in_bfloat16():
     """A hundred steps of 1e-6 on weights of about 0.3: none alone moves a bfloat16; together they are in the master."""
     model = tiny_model().bfloat16()
-    trainer = Trainer(model, CPU, learning_rate=1e-6, total_steps=200)
+    trainer = trainer_of(model, learning_rate=1e-6, total_steps=200)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(100):
         trainer.backward(sum(p.float().sum() for p in model.parameters()))
@@ -360,7 +359,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
     saved = trainer.state_dict()
     again = tiny_model().bfloat16()
     again.load_state_dict(model.state_dict())
-    later = Trainer(again, CPU, learning_rate=1e-6, total_steps=200)
+    later = trainer_of(again, learning_rate=1e-6, total_steps=200)
     later.load_state_dict(saved)
     for one in (trainer, later):
         for p in one.trained:
@@ -371,7 +370,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
 
 def test_gradients_of_micro_batches_are_added_in_float32():
     model = tiny_model().bfloat16()
-    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=1)
+    trainer = trainer_of(model, learning_rate=0.0, total_steps=1)
     weight = next(model.parameters())
     for _ in range(257):  # in bfloat16 256 + 1 is 256
         trainer.backward(weight.float().sum())
@@ -380,7 +379,7 @@ def test_gradients_of_micro_batches_are_added_in_float32():
 
 def test_weights_that_are_set_from_outside_win_over_their_masters():
     model = tiny_model().bfloat16()
-    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=9)
+    trainer = trainer_of(model, learning_rate=0.0, total_steps=9)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
@@ -392,7 +391,7 @@ def test_weights_that_are_set_from_outside_win_over_their_masters():
 
 def test_float32_weights_are_their_own_masters():
     model = tiny_model()
-    trainer = Trainer(model, CPU, learning_rate=0.0, total_steps=1)
+    trainer = trainer_of(model, learning_rate=0.0, total_steps=1)
     assert all(a is b for a, b in zip(trainer.parameters, model.parameters()))
 
 
@@ -401,7 +400,7 @@ def test_a_sega_step_in_bfloat16_follows_float32():
     updates = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)
-        trainer = Trainer(model, CPU, learning_rate=1e-3, total_steps=9)
+        trainer = trainer_of(model, learning_rate=1e-3, total_steps=9)
         start = torch.cat([p.detach().float().flatten() for p in trainer.parameters])
         sega_step(trainer, scored, SegaUpdate(epsilon=0.2))
         updates.append(torch.cat([p.detach().flatten() for p in trainer.parameters]) - start)

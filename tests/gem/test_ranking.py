@@ -15,9 +15,17 @@ from gem.scoring.ranking import (
     trim,
     win_probabilities,
 )
-from gem_kernels import entropy_scores
+from gem_kernels import LinearScore, entropy_scores
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
+
+
+PAPER = LinearScore({"final_entropy": -1.0, "fork_entropy": 1.0})
+
+
+def errors_of(entropy, mask, answer_start, group_size, **arguments):
+    """Of the paper's score."""
+    return score_standard_errors(entropy, -entropy, mask, answer_start, group_size, linear=PAPER, **arguments)
 
 
 def phi(z):
@@ -28,18 +36,34 @@ def test_standard_error_by_hand():
     """Reasoning 4, 1, 2, 0 with top_m = 2: {4, 2}; answer 1, 3. The second is one answer token and no reasoning."""
     entropy = torch.tensor([[4.0, 1, 2, 0, 1, 3], [9, 7, 7, 7, 7, 7]])
     mask = torch.tensor([[True] * 6, [True] + [False] * 5])
-    errors = score_standard_errors(entropy, mask, torch.tensor([4, 0]), 2, final_weight=2.0, fork_weight=3.0, top_m=2)
+    errors = score_standard_errors(
+        entropy, -entropy, mask, torch.tensor([4, 0]), 2, top_m=2,
+        linear=LinearScore({"final_entropy": -2.0, "fork_entropy": 3.0}),
+    )  # fmt: skip
     # Both spans have sample variance 2 and two values, so their means have variance 1; 4 * 1 + 9 * 1.
     assert errors[0, 0] == pytest.approx(math.sqrt(13))
     # One token: the group's pooled variance of answer spans is 2 (from the first), over 1 token; 4 * 2.
     assert errors[0, 1] == pytest.approx(math.sqrt(8))
 
 
+def test_standard_error_of_log_probs_by_hand():
+    """Log-probs -1, -3, -5: sample variance 4, the mean's 4/3, the sum's 9 * 4/3; the length has none."""
+    logprobs = torch.tensor([[-1.0, -3.0, -5.0]])
+    mask, start = torch.ones(1, 3, dtype=torch.bool), torch.tensor([2])
+    for weights, variance in (
+        ({"mean_logprob": 2.0}, 4 * 4 / 3),
+        ({"sum_logprob": 1.0, "length": 7.0, "min_logprob": 1.0}, 9 * 4 / 3),
+    ):
+        linear = LinearScore(weights)
+        error = score_standard_errors(-logprobs, logprobs, mask, start, 1, linear=linear)
+        assert error.item() == pytest.approx(math.sqrt(variance))
+
+
 def test_equal_tokens_have_no_error_and_lone_tokens_nothing_to_pool():
     mask = torch.ones(2, 5, dtype=torch.bool)
-    assert score_standard_errors(torch.full((2, 5), 0.3), mask, torch.tensor([3, 9]), 2).abs().max() < 1e-12
+    assert errors_of(torch.full((2, 5), 0.3), mask, torch.tensor([3, 9]), 2).abs().max() < 1e-12
     one = torch.ones(2, 1, dtype=torch.bool)
-    assert score_standard_errors(torch.ones(2, 1), one, torch.tensor([0, 0]), 2).tolist() == [[0.0, 0.0]]
+    assert errors_of(torch.ones(2, 1), one, torch.tensor([0, 0]), 2).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("top_m", [0.1, 0.29, 1.0, 1, 3, 50])
@@ -54,7 +78,7 @@ def test_spans_are_those_of_the_scores(top_m):
         top = entropy[0, :place].argsort(descending=True)[: max(1, share)] if place else []
         entropy[0, top], entropy[0, place:] = 2.0, 0.5
         answer_start = torch.tensor([start])
-        assert score_standard_errors(entropy, mask, answer_start, 1, top_m=top_m).item() == 0
+        assert errors_of(entropy, mask, answer_start, 1, top_m=top_m).item() == 0
         scores = entropy_scores(entropy, completion_mask=mask, answer_start=answer_start, top_m=top_m)
         assert scores.score.item() == pytest.approx(2.0 * bool(place) - 0.5)
 

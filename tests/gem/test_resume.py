@@ -21,7 +21,7 @@ from gem.files import write_jsonl
 from gem.run import checkpoint
 from gem.run.session import MAY_CHANGE
 from gem.train import train
-from tests.helpers import save_tiny, tiny_model
+from tests.helpers import save_tiny, tiny_model, trainer_of
 from tests.processes import Fork, gem
 
 # LoRA's dropout draws from the generators, and the second adapter weight is random: both must come back.
@@ -225,19 +225,16 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_the_optimizer_continues_exactly():
     """Two steps, saved, two more: as four in a row."""
-    from accelerate import Accelerator
 
-    from gem.update.optimizer import Trainer
-
-    def trainer_of(model):
-        return Trainer(model, Accelerator(cpu=True), learning_rate=1e-2, total_steps=4, lr_schedule="linear")
+    def trainer(model):
+        return trainer_of(model, learning_rate=1e-2, total_steps=4, lr_schedule="linear")
 
     def steps(trainer, number):
         for _ in range(number):
             trainer.backward(trainer.model(torch.tensor([[1, 2, 3 + trainer.num_steps]])).logits.logsumexp(-1).sum())
             trainer.step()
 
-    whole, first, second = trainer_of(tiny_model()), trainer_of(tiny_model()), trainer_of(tiny_model(seed=1))
+    whole, first, second = trainer(tiny_model()), trainer(tiny_model()), trainer(tiny_model(seed=1))
     steps(whole, 4)
     steps(first, 2)
     checkpoint.restore_parameters(second.model, checkpoint.trained_parameters(first.model))

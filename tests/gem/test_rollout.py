@@ -1,14 +1,17 @@
 """Rollouts and the forward pass: what padding, sharing a prompt, and leaving the batch early must never change."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from gem.config.settings import Sampling
 from gem.data.batches import collate, pad_rows
-from gem.model import forward as policy
-from gem.model.forward import completion_hidden, completion_stats
-from gem.rollout.sample import Sampling, given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
-from tests.helpers import tiny_model, tiny_tokenizer
+from gem.model import forward
+from gem.model.forward import Policy, completion_hidden, completion_stats
+from gem.rollout.sample import given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
+from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -26,10 +29,10 @@ def alone(prompt, completion):
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_batch_gives_what_each_sequence_gives_alone(shared, monkeypatch):
     if not shared:
-        monkeypatch.setattr(policy, "can_share_prompt", lambda model: False)
+        monkeypatch.setattr(forward, "can_share_prompt", lambda model: False)
     batch = collate(PROMPTS, COMPLETIONS, TOKENIZER.pad_token_id)
     with torch.no_grad():
-        stats = completion_stats(MODEL, batch)
+        stats = completion_stats(Policy(MODEL), batch)
         for i, completion in enumerate(COMPLETIONS):
             truth = alone(PROMPTS[i // 2], completion)
             n = len(completion)
@@ -44,19 +47,19 @@ def test_a_batch_gives_what_each_sequence_gives_alone(shared, monkeypatch):
 def test_the_value_under_the_padding_never_matters():
     batches = [collate(PROMPTS, COMPLETIONS, pad) for pad in (0, END)]
     with torch.no_grad():
-        stats = [completion_stats(MODEL, batch) for batch in batches]
+        stats = [completion_stats(Policy(MODEL), batch) for batch in batches]
     assert torch.equal(stats[0].logprobs, stats[1].logprobs) and torch.equal(stats[0].entropy, stats[1].entropy)
 
 
 def test_sharing_the_prompt_keeps_the_gradient(monkeypatch):
     batch = collate(PROMPTS, COMPLETIONS, TOKENIZER.pad_token_id)
     calls = []
-    monkeypatch.setattr(policy, "prompt_cache", lambda *a, real=policy.prompt_cache: calls.append(1) or real(*a))
+    monkeypatch.setattr(forward, "prompt_cache", lambda *a, real=forward.prompt_cache: calls.append(1) or real(*a))
     gradients = []
     for share in (True, False):
-        monkeypatch.setattr(policy, "can_share_prompt", lambda model, share=share: share)
+        monkeypatch.setattr(forward, "can_share_prompt", lambda model, share=share: share)
         model = tiny_model()
-        hidden = completion_hidden(model, batch)[0]
+        hidden = completion_hidden(Policy(model), batch)[0]
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         (hidden * weights)[batch.completion_mask].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -67,13 +70,13 @@ def test_sharing_the_prompt_keeps_the_gradient(monkeypatch):
 
 def test_gradient_checkpointing_in_training_does_not_share():
     model = tiny_model()
-    assert policy.can_share_prompt(model)
+    assert forward.can_share_prompt(model)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
-    assert policy.can_share_prompt(model)  # it matters in training only
+    assert forward.can_share_prompt(model)  # it matters in training only
     model.train()
-    assert not policy.can_share_prompt(model)
+    assert not forward.can_share_prompt(model)
 
 
 def sample(prompts, sampling, ends):
@@ -110,10 +113,11 @@ def test_rows_that_end_early_leave_the_others_as_they_were():
 
 
 def roll(prompts, seed, num_generations=4, ends=(END,), batch_size=2, step=0, stats_temperature=None, **more):
-    sampling = Sampling(num_generations, 16, **more)
+    sampling = Sampling(num_generations=num_generations, max_completion_length=16, **more)
+    form = dataclasses.replace(FORM, end_tokens=ends)
     return roll_out(
-        MODEL, TOKENIZER, prompts, sampling, end_token_ids=ends, marker="Final Answer:", seed=seed,
-        batch_size=batch_size, step=step, stats_temperature=stats_temperature,
+        Policy(MODEL), form, prompts, sampling, seed=seed, batch_size=batch_size, step=step,
+        stats_temperature=stats_temperature,
     )  # fmt: skip
 
 
@@ -153,7 +157,7 @@ def test_a_candidate_does_not_depend_on_its_batch():
 def test_recorded_statistics_are_those_of_a_forward():
     rollout = roll(PROMPTS, 2, ends=tuple(range(0, 272, 12)), stats_temperature=0.7, temperature=1.3, top_k=50)
     with torch.no_grad():
-        stats = completion_stats(MODEL, rollout.batch, temperature=0.7)
+        stats = completion_stats(Policy(MODEL), rollout.batch, temperature=0.7)
     assert len(set(rollout.batch.lengths.tolist())) > 1
     torch.testing.assert_close(rollout.logprobs, stats.logprobs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rollout.entropy, stats.entropy, atol=1e-4, rtol=1e-4)
@@ -173,7 +177,7 @@ def test_draws_are_uniform_and_independent():
 def shares(probs, seen=None, **sampling):
     logits = torch.tensor([probs]).log().expand(4000, -1)
     draws = uniforms(row_keys(0, 0, range(1000), 4), 1)[:, 0]
-    tokens = pick_tokens(logits, Sampling(1, 1, **sampling), draws, seen)
+    tokens = pick_tokens(logits, Sampling(num_generations=1, max_completion_length=1, **sampling), draws, seen)
     return (torch.bincount(tokens, minlength=logits.shape[1]) / 4000).tolist()
 
 
@@ -197,12 +201,12 @@ def test_the_ends_of_the_draw():
     """A draw of 0 is the first token that is possible, the last before 1 the last one."""
     logits = torch.tensor([[0.0, 0.3, 0.7, 0.0]]).log().expand(2, -1)
     draws = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert pick_tokens(logits, Sampling(1, 1), draws).tolist() == [1, 2]
+    assert pick_tokens(logits, Sampling(num_generations=1, max_completion_length=1), draws).tolist() == [1, 2]
 
 
 def test_given_completions_have_the_form_of_a_rollout():
     rows = [[*TOKENIZER.encode("Final Answer: 4"), END], TOKENIZER.encode("Final Answer: 5")]
-    rollout = given_completions(TOKENIZER, PROMPTS[:1], rows, end_token_ids=[END], marker="Final Answer:")
+    rollout = given_completions(FORM, PROMPTS[:1], rows)
     assert rollout.truncated.tolist() == [False, True]
     assert rollout.texts == ("Final Answer: 4", "Final Answer: 5")
     assert rollout.batch.num_generations == 2 and rollout.spans.answers == ("4", "5")

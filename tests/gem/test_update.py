@@ -6,24 +6,26 @@ import math
 import pytest
 import torch
 
-from gem.data.batches import TokenizedPair
+from gem.config.settings import Scoring, SegaUpdate
+from gem.data.batches import TokenizedPair, collate
+from gem.model.forward import Policy, completion_stats
 from gem.rollout.sample import given_completions
-from gem.scoring.score import Scoring, score_rollout
-from gem.update.optimizer import Trainer
-from gem.update.sega import SegaUpdate, sega_denominator, sega_step
+from gem.scoring.score import score_rollout
+from gem.update.optimizer import NO_STEP
+from gem.update.sega import sega_denominator, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import EntropyScores
-from tests.helpers import CPU, END, TOKENIZER, Recorder, encode, rollout_of, tiny_model
+from tests.helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
 
 
 @pytest.mark.parametrize("loss_type", ["sum", "mean", "token", "constant"])
 def test_sega_gradient_is_the_same_for_every_micro_batch(loss_type):
     model = tiny_model()
-    scored = score_rollout(model, rollout_of(num_prompts=8), Scoring(), batch_size=3)
+    scored = score_rollout(Policy(model), rollout_of(num_prompts=8), Scoring(), batch_size=3)
     results, gradients = [], []
     for micro_batch_size in (8, 2, 1):
-        trainer = Recorder(model)
-        update = SegaUpdate(loss_type=loss_type, max_completion_length=64, micro_batch_size=micro_batch_size)
+        trainer = Recorder(model, micro_batch_size=micro_batch_size)
+        update = SegaUpdate(loss_type=loss_type, max_completion_length=64)
         results.append(sega_step(trainer, scored, update))
         gradients.append(trainer.gradient)
     assert gradients[0].norm() > 0
@@ -37,7 +39,7 @@ def test_denominators_by_hand():
     """Three sequences of 2, 5 and 3 tokens, the second invalid, of at most 8 tokens each."""
     valid, lengths = torch.tensor([True, False, True]), torch.tensor([2, 5, 3])
     for loss_type, value in {"sum": 2, "mean": 2, "token": 5, "constant": 16}.items():
-        assert sega_denominator(valid, lengths, loss_type, max_completion_length=8) == value
+        assert sega_denominator(valid, lengths, SegaUpdate(loss_type=loss_type, max_completion_length=8)) == value
 
 
 def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_tokens():
@@ -45,8 +47,8 @@ def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_token
     pairs = [TokenizedPair(encode("q" * i), (*encode("a b" * i), END), (END,), None) for i in range(1, 9)]
     losses, gradients = [], []
     for micro_batch_size in (8, 2, 1):
-        trainer = Recorder(model)
-        result = sft_step(trainer, pairs, pad_id=0, micro_batch_size=micro_batch_size)
+        trainer = Recorder(model, micro_batch_size=micro_batch_size)
+        result = sft_step(trainer, pairs, pad_id=0)
         losses.append(result.loss)
         gradients.append(trainer.gradient)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
@@ -61,12 +63,34 @@ def test_sft_gradient_is_the_same_for_every_micro_batch_and_is_a_mean_over_token
     assert losses == pytest.approx([total / count] * 3, rel=1e-4)
 
 
+def test_the_one_shot_sft_loss_is_that_of_the_log_probs():
+    """Three head products instead of the four of differentiable log-probs: the same loss and gradient, to rounding."""
+    model = tiny_model()
+    pairs = [TokenizedPair(encode("q" * i), (*encode("a b" * i), END), (END,), None) for i in range(1, 6)]
+    trainer = Recorder(model, micro_batch_size=2)
+    result = sft_step(trainer, pairs, pad_id=0)
+    num_tokens = sum(len(pair.sft_ids) for pair in pairs)
+    batch = collate([p.prompt_ids for p in pairs], [p.sft_ids for p in pairs], 0)
+    loss = -completion_stats(Policy(model), batch).logprobs.sum() / num_tokens
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert result.num_tokens == num_tokens and result.loss == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(trainer.gradient, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_sft_makes_its_gradients_in_the_forward(monkeypatch):
+    """The logits are made once: no statistics that a backward would have to make them again for."""
+    monkeypatch.setattr("gem.model.forward.linear_token_stats", None)  # calling it now fails
+    pairs = [TokenizedPair(encode("q"), (*encode("a"), END), (END,), None)]
+    assert sft_step(Recorder(tiny_model()), pairs, pad_id=0).grad_norm > 0
+
+
 def test_sega_step_raises_the_better_candidate_and_lowers_the_worse():
     model = tiny_model()
-    scored = score_rollout(model, rollout_of(num_prompts=1), Scoring(), batch_size=1)
-    trainer = Trainer(model, CPU, learning_rate=1e-3, total_steps=3)
+    scored = score_rollout(Policy(model), rollout_of(num_prompts=1), Scoring(), batch_size=1)
+    trainer = trainer_of(model, learning_rate=1e-3, total_steps=3)
     sega_step(trainer, scored, SegaUpdate(max_completion_length=64))
-    after = score_rollout(model, scored.rollout, Scoring(), batch_size=1)
+    after = score_rollout(Policy(model), scored.rollout, Scoring(), batch_size=1)
     change = (after.logprobs - scored.logprobs).sum(1)
     better = int(scored.advantages.argmax())
     assert float(scored.advantages[better]) > 0
@@ -77,7 +101,7 @@ def test_scores_by_hand():
     """Means over the answer span, end token included, and the top tenth of the tokens before it."""
     model = tiny_model()
     rollout = rollout_of(num_prompts=1)
-    scored = score_rollout(model, rollout, Scoring(fork_weight=0.5), batch_size=1)
+    scored = score_rollout(Policy(model), rollout, Scoring(fork_weight=0.5), batch_size=1)
     for i in range(2):
         n, start = int(rollout.batch.lengths[i]), int(rollout.spans.answer_start[i])
         entropy = scored.entropy[i, :n]
@@ -90,17 +114,17 @@ def test_scores_by_hand():
 def test_equal_scores_take_no_step():
     model = tiny_model()
     prompts, row = [encode("q")], (*encode("Final Answer: 1"), END)
-    rollout = given_completions(TOKENIZER, prompts, [row, row], end_token_ids=[END], marker="Final Answer:")
-    scored = score_rollout(model, rollout, Scoring(), batch_size=1)
+    rollout = given_completions(FORM, prompts, [row, row])
+    scored = score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
     before = [p.clone() for p in model.parameters()]
-    assert sega_step(Trainer(model, CPU, learning_rate=1.0, total_steps=1), scored, SegaUpdate()) is None
+    assert sega_step(trainer_of(model, learning_rate=1.0, total_steps=1), scored, SegaUpdate()) is NO_STEP
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
 def test_groups_without_advantages_are_skipped_but_counted():
     """Three groups of equal scores beside one of different scores: a quarter of its gradient alone."""
     model = tiny_model()
-    scored = score_rollout(model, rollout_of(num_prompts=4), Scoring(), batch_size=4)
+    scored = score_rollout(Policy(model), rollout_of(num_prompts=4), Scoring(), batch_size=4)
     advantages = scored.advantages.clone()
     advantages[2:] = 0
     trainer = Recorder(model)
@@ -108,7 +132,7 @@ def test_groups_without_advantages_are_skipped_but_counted():
     result = sega_step(trainer, dataclasses.replace(scored, advantages=advantages), update)
     whole = trainer.gradient
     assert result.num_sequences == 2
-    alone = score_rollout(model, rollout_of(num_prompts=1), Scoring(), batch_size=1)
+    alone = score_rollout(Policy(model), rollout_of(num_prompts=1), Scoring(), batch_size=1)
     sega_step(trainer, alone, update)
     torch.testing.assert_close(whole, trainer.gradient / 4, rtol=1e-3, atol=1e-6)
 
@@ -116,19 +140,19 @@ def test_groups_without_advantages_are_skipped_but_counted():
 def test_truncated_candidates_can_be_left_out():
     model = tiny_model()
     rows = [(*encode("Final Answer: 1"), END), encode("still going"), (*encode("Final Answer: 20"), END)]
-    rollout = given_completions(TOKENIZER, [encode("q")], rows, end_token_ids=[END], marker="Final Answer:")
-    scored = score_rollout(model, rollout, Scoring(mask_truncated=True), batch_size=1)
+    rollout = given_completions(FORM, [encode("q")], rows)
+    scored = score_rollout(Policy(model), rollout, Scoring(mask_truncated=True), batch_size=1)
     assert scored.scores.valid.tolist() == [True, False, True]
     assert float(scored.advantages[1]) == 0 and float(scored.advantages.sum()) == pytest.approx(0, abs=1e-6)
     assert isinstance(scored.scores, EntropyScores)
-    assert score_rollout(model, rollout, Scoring(), batch_size=1).scores.valid.all()
+    assert score_rollout(Policy(model), rollout, Scoring(), batch_size=1).scores.valid.all()
 
 
 def test_learning_rate_warms_up_and_falls():
     model = tiny_model()
 
     def rates(**arguments):
-        trainer = Trainer(model, CPU, learning_rate=1.0, total_steps=6, **arguments)
+        trainer = trainer_of(model, learning_rate=1.0, total_steps=6, **arguments)
         seen = []
         for _ in range(6):
             seen.append(trainer.learning_rate)
@@ -145,7 +169,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     size = sum(p.numel() for p in model.parameters())
-    trainer = Trainer(model, CPU, learning_rate=1.0, total_steps=1, max_grad_norm=0.5)
+    trainer = trainer_of(model, learning_rate=1.0, total_steps=1, max_grad_norm=0.5)
     seen = []
     trainer.optimizer.register_step_pre_hook(
         lambda *_: seen.append(float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()))

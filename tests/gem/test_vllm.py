@@ -5,6 +5,7 @@ them, and whether keys and values of the old ones are gone.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -29,13 +30,15 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gem.config.read import build_config
-from gem.data.answers import answer_finders
+from gem.config.settings import Lora, Sampling, TextSettings
+from gem.data.prompts import text_format
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.model.forward import Policy
 from gem.model.load import ModelSource, find_model
-from gem.model.lora import Lora, add_lora
-from gem.rollout.sample import Sampling, roll_out, row_keys
+from gem.model.lora import add_lora
+from gem.rollout.sample import roll_out, row_keys
 from gem.rollout.vllm import Colocated, Server, check_vllm, policy_weights
 from gem.train import train
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -67,7 +70,7 @@ def small_model(seed=0, tied=True):
 def with_adapter(model, seed=0):
     """The model under a LoRA adapter that changes it."""
     torch.manual_seed(seed)
-    adapted = add_lora(model, Lora(r=4, target_modules="q_proj,down_proj")).eval()
+    adapted = add_lora(model, Lora(lora_r=4, lora_target_modules="q_proj,down_proj")).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -387,10 +390,10 @@ def check_ends(sampler):
     assert [len(row) for row in cut] != [len(row) for row in whole] and end not in whole[1]
     assert sampled(sampler, ends=(end,)) == cut
     assert cut[0][-1] == end
+    form = dataclasses.replace(text_format(tiny_tokenizer(), TextSettings(answer_marker="A:")), end_tokens=(end,))
     rollout = roll_out(
-        model, tiny_tokenizer(), PROMPTS, GREEDY, end_token_ids=(end,), marker=answer_finders(("marker",), "A:"),
-        seed=0, batch_size=2, stats_temperature=1.0, sampler=sampler,
-    )  # fmt: skip
+        Policy(model), form, PROMPTS, GREEDY, seed=0, batch_size=2, stats_temperature=1.0, sampler=sampler
+    )
     assert rollout.truncated.tolist() == [row[-1] != end for row in cut] and not rollout.truncated[0]
     mask = rollout.batch.completion_mask
     assert [ids[m].tolist() for ids, m in zip(rollout.batch.completion_ids, mask)] == cut

@@ -275,5 +275,5 @@ def test_bad_input(value):
         run(hidden, weight, bias, targets, a, active_vocab=value)
     with pytest.raises(ValueError, match="active_vocab"):
         linear_token_stats(hidden, weight, targets, active_vocab=value)
-    with pytest.raises(ValueError, match="process_group"):
+    with pytest.raises(ValueError, match="vocab_parallel"):
         active_vocab.check_threshold(0.1, sharded=True)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_kernels import reference
 from gem_kernels.backends.cpu import build, row_stats
+from gem_kernels.backends.types import RowGradients, RowOptions
 
 IGNORE = -100
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -35,16 +36,20 @@ def _poisoned_empty():
     torch.use_deterministic_algorithms(False)
 
 
+def options(temperature=1.0, softcap=None, compiled: bool = True) -> RowOptions:
+    number, rows = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    return RowOptions(number, rows, softcap, IGNORE, "cpu" if compiled else "torch")
+
+
 def forward(logits: Tensor, targets: Tensor, temperature=1.0, softcap=None, *, compiled: bool):
-    return row_stats.row_stats_forward(logits, targets, temperature, softcap, IGNORE, compiled=compiled)
+    return row_stats.row_stats_forward(logits, targets, options(temperature, softcap, compiled))
 
 
 def backward(logits, targets, a, b, temperature=1.0, softcap=None, *, compiled: bool, out=None, stats=None):
     _, entropy, row_max, log_sum = stats or forward(logits, targets, temperature, softcap, compiled=compiled)
     out = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    row_stats.row_stats_backward(
-        out, logits, targets, temperature, softcap, IGNORE, row_max, log_sum, entropy, a, b, compiled=compiled
-    )
+    vectors = RowGradients(entropy, row_max, log_sum, a, b)
+    row_stats.row_stats_backward(out, logits, targets, options(temperature, softcap, compiled), vectors)
     return out
 
 
@@ -291,7 +296,7 @@ def test_works_in_a_forked_child():
         pid = os.fork()
         if pid == 0:
             row_stats.torch.get_num_threads = lambda: 2
-            os._exit(0 if abs(row_stats.forward(logits, targets, 1.0, None, IGNORE)[0].numpy().sum() - want) < 1 else 1)
+            os._exit(0 if abs(row_stats.forward(logits, targets, options())[0].numpy().sum() - want) < 1 else 1)
         assert os.waitpid(pid, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
@@ -362,7 +367,7 @@ def test_no_compiler_falls_back_with_one_warning(fresh_build, monkeypatch):
     with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler found") as caught:
         got = [forward(logits, targets, compiled=True) for _ in range(2)]
     assert len(caught) == 1 and "no C++ compiler" in build.reason()
-    assert torch.equal(got[0][0], row_stats.forward_torch(logits, targets, 1.0, None, IGNORE)[0])
+    assert torch.equal(got[0][0], row_stats.forward_torch(logits, targets, options())[0])
     assert torch.equal(got[0][0], got[1][0])
 
 

@@ -10,9 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_kernels import LinearScore, completion_features, entropy_scores, reference
+from gem_kernels import (
+    LinearScore,
+    completion_features,
+    entropy_scores,
+    fused_entropy_score,
+    fused_linear_entropy_score,
+    fused_linear_sega_loss,
+    reference,
+    sega_loss,
+)
 from gem_kernels.types import FEATURES
-from tests.kernels.helpers import BACKENDS
+from tests.kernels.helpers import BACKENDS, make
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -158,11 +167,84 @@ def test_a_feature_without_weight_is_left_out():
         ({"length": "1"}, {}, r"`weights` must hold finite numbers, got length: '1'"),
         ({"length": 1.0}, {"length": 0.0}, r"`scales` must hold finite numbers above 0, got length: 0.0"),
         ({"length": 1.0}, {"length": 1e-200}, r"`weights` over `scales` must fit float32"),
-        ({"length": 0.0}, {}, r"`weights` must have a weight that is not 0"),
-        ({}, {}, r"`weights` must have a weight that is not 0"),
+        ({}, {}, r"`weights` must name a feature, got none"),
         ([1.0], {}, r"`weights` must be a mapping"),
     ],
 )
 def test_a_linear_score_that_is_none(weights, scales, message):
     with pytest.raises(ValueError, match=message):
         LinearScore(weights, scales)
+
+
+LINEAR = LinearScore(
+    {"final_entropy": -0.7, "fork_entropy": 0.2, "mean_logprob": 1.5, "min_logprob": 0.3, "length": -0.1},
+    {"mean_logprob": 0.5, "length": 3.0},
+)
+
+
+def problem(B=4, T=7, V=53, packed=False, seed=0):
+    """logits, targets and the layout's arguments; two groups of two, ragged."""
+    logits, targets = make(B, T, V, device=DEVICE, seed=seed)
+    lengths = torch.tensor([7, 5, 6, 3], device=DEVICE)
+    mask = torch.arange(T, device=DEVICE)[None] < lengths[:, None]
+    start = torch.tensor([5, 3, 9, 2], device=DEVICE)
+    layout = {"completion_mask": mask, "answer_start": start, "group_size": 2}
+    if packed:
+        logits, targets = logits[mask], targets[mask]
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        layout = {"cu_seqlens": offsets, "answer_start": start, "group_size": 2}
+    return logits, targets, layout
+
+
+@each_backend
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_linear_score_in_the_fused_functions_of_logits(packed, backend):
+    """Score, advantages, loss and gradient are those of the reference in float64."""
+    logits, targets, layout = problem(packed=packed)
+    exact = logits.double().requires_grad_()
+    want = reference.sega_loss(exact, targets, score=LINEAR, **layout)
+    want.loss.backward()
+    out = fused_entropy_score(logits, targets, score=LINEAR, backend=backend, **layout)
+    for name in ("score", "final_entropy", "fork_entropy", "advantages", "logprobs", "entropy"):
+        close(getattr(out, name), getattr(want, name), name)
+    logits.requires_grad_()
+    got = sega_loss(logits, targets, score=LINEAR, backend=backend, **layout)
+    got.loss.backward()
+    for name in ("loss", "score", "advantages"):
+        close(getattr(got, name), getattr(want, name), name)
+    close(logits.grad, exact.grad, "gradient")
+    assert not got.score.requires_grad and want.advantages.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("function", [fused_entropy_score, sega_loss])
+def test_a_score_has_weights_of_its_own(function):
+    logits, targets, layout = problem()
+    with pytest.raises(ValueError, match=r"`fork_weight` must be left out where `score` is given .*, got 2.0"):
+        function(logits, targets, score=LINEAR, fork_weight=2.0, **layout)
+
+
+@each_backend
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [40, 5], ids=["one shot", "two phase"])
+def test_a_linear_score_from_hidden_states(rows, packed, backend):
+    """The same, from hidden states, whole groups in the workspace or not."""
+    V, D = 53, 8
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(V, D, generator=generator).to(DEVICE).requires_grad_()
+    _, targets, layout = problem(V=V, packed=packed)
+    hidden = torch.randn(*targets.shape, D, generator=generator).to(DEVICE).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = reference.sega_loss(exact[0] @ exact[1].t(), targets, score=LINEAR, **layout)
+    want.loss.backward()
+    options = {"score": LINEAR, "workspace_bytes": rows * V * 4, "backend": backend, **layout}
+    out = fused_linear_entropy_score(hidden, weight, targets, **options)
+    got = fused_linear_sega_loss(hidden, weight, targets, **options)
+    got.loss.backward()
+    assert got.path == ("one_shot" if rows == 40 else "two_phase")
+    for name in ("score", "advantages"):
+        scale = float(getattr(want, name).abs().max())
+        close(getattr(out, name) / scale, getattr(want, name) / scale, name)
+        close(getattr(got, name) / scale, getattr(want, name) / scale, name)
+    for mine, theirs in zip((hidden, weight), exact):
+        scale = float(theirs.grad.abs().max())
+        close(mine.grad / scale, theirs.grad / scale, "gradient")

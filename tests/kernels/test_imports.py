@@ -16,6 +16,7 @@ PACKAGE = "gem_kernels"
 # From the top down, a line a stage: files and folders that may import each other, without a cycle, and all above them.
 STAGES = [
     "types arguments reference",
+    "backends.types",
     "backends.triton",
     "backends.cpu",
     "backends",
@@ -27,7 +28,7 @@ STAGES = [
 PROMISED = """
     token_stats linear_token_stats entropy_scores group_advantages fused_entropy_score fused_linear_entropy_score
     sega_loss fused_linear_sega_loss fused_linear_policy_loss
-    TokenStats EntropyScores EntropyScoreOutput SegaOutput
+    TokenStats EntropyScores EntropyScoreOutput SegaOutput PolicyLossOutput VocabParallel
 """
 
 
@@ -70,6 +71,39 @@ def test_the_rule_sees_every_spelling():
         "import torch": None,
     }.items():
         assert inner_targets(path, "gem_kernels", names, line) == ({target} if target else set())
+
+
+MOST_PARAMETERS = 10
+
+
+def parameters(node: ast.FunctionDef) -> int:
+    given = node.args
+    several = [x for x in (given.vararg, given.kwarg) if x]
+    return len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs) + len(several)
+
+
+def long_signatures(source: str, public: set[str]) -> list[tuple[str, int]]:
+    """Functions of more than MOST_PARAMETERS; but for public ones, operators of torch.library and Triton kernels."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in public:
+            decorators = [ast.unparse(d) for d in node.decorator_list]
+            flat = any("custom_op" in d or "triton.jit" in d or "register_fake" in d for d in decorators)
+            if not flat and parameters(node) > MOST_PARAMETERS:
+                found.append((node.name, parameters(node)))
+    return found
+
+
+def test_no_inner_function_takes_more_than_ten_arguments():
+    for name, path in files(PACKAGE).items():
+        assert long_signatures(path.read_text(), set(gem_kernels.__all__)) == [], name
+
+
+def test_the_count_sees_every_kind_of_parameter():
+    long = "def f(a, b, /, c, d, e, f, *g, h, i, j=1, k=2, **l): pass"
+    assert long_signatures(long, set()) == [("f", 12)] and long_signatures(long, {"f"}) == []
+    assert long_signatures("@triton.jit\n" + long, set()) == []
+    assert long_signatures("class A:\n async def f(self, b, c, d, e, f, g, h, i, j, k): pass", set()) == [("f", 11)]
 
 
 def test_gem_kernels_knows_nothing_of_gem_and_little_else():

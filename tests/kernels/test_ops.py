@@ -245,6 +245,7 @@ BAD = {
     "valid": [(VALID.int(), "int32"), (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
     "mapping": [("linear", "'linear'"), (None, "None")],
     "scale": [("batch", "'batch'"), (True, "True")],
+    "score": [("paper", "str"), ({"length": 1.0}, "dict"), (1.0, "float")],
     "eps": [("0", "'0'"), (float("nan"), "nan"), (None, "None")],
     "scores": [([1.0], "list"), (torch.ones(2, dtype=torch.int64), "int64"), (torch.ones(2, 2), r"2, 2")],
     "advantages": [

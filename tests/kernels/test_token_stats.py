@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gem_kernels
 from gem_kernels import logit_stats
+from gem_kernels.backends.types import RowGradients, RowOptions
 from tests.kernels.helpers import BACKENDS, DTYPES, IGNORE, backward, check, make, upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -356,7 +357,7 @@ def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device
     logits[4, 900] = torch.nan
     logits[5, 3] = -torch.inf  # the target
     tau = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0, 2.0], device=device)
-    problem = (logits[None], targets, 1.0, tau, softcap, IGNORE)
+    problem = (logits[None], targets, RowOptions(1.0, tau, softcap, IGNORE, "triton"))
     whole = launch.row_stats_forward(*problem, splits=1)
     split = launch.row_stats_forward(*problem, splits=splits)
     for got, want in zip(split, whole):
@@ -367,7 +368,7 @@ def test_split_rows_equal_whole_rows(softcap, splits, dtype, monkeypatch, device
         assert got[4].isnan() or want[4].isfinite()
     assert whole[0][5] == -torch.inf and whole[1][3] == 0
     _, entropy, row_max, log_sum = whole
-    stats = (row_max, log_sum, entropy, *upstream(targets.shape, device=device))
+    stats = RowGradients(entropy, row_max, log_sum, *upstream(targets.shape, device=device))
     grads = [torch.empty_like(logits)[None] for _ in range(2)]
     launch.row_stats_backward(grads[0], *problem, stats, splits=1)
     launch.row_stats_backward(grads[1], *problem, stats, splits=splits)

@@ -18,7 +18,7 @@ import gem_kernels as gk
 from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
-from gem_kernels.types import NO_TARGET
+from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
 from tests.processes import run_ranks
 
 WORLD = 4
@@ -167,7 +167,10 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     p = problem("uneven")
     mine = shard(p, UNEVEN[k], rank)
     last = rank == k - 1
-    call = functools.partial(run, "stats", backward=False, process_group=group)
+
+    def call(p, rows=10_000, starts=None):
+        return run("stats", p, rows, backward=False, vocab_parallel=gk.VocabParallel(group, starts))
+
     outside, missing = p["targets"].clone(), p["targets"].clone()
     outside[1, 1], missing[1, 1] = V, -7
     starts = (0, *itertools.accumulate(UNEVEN[k]))
@@ -182,9 +185,9 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     found["fewer tokens on the last rank"] = error_of(call, fewer if last else plain)
     found["other targets on the last rank"] = error_of(call, other if last else plain)
     found["another workspace on the last rank"] = error_of(call, plain, rows=999 if last else 1000)
-    found["vocab_starts of another group"] = error_of(call, plain, vocab_starts=(0, 1, *starts))
-    found["vocab_starts of other shards"] = error_of(call, plain, vocab_starts=(*range(0, 2 * k, 2), V + 9))
-    found["vocab_starts that fall"] = error_of(call, plain, vocab_starts=(0, *reversed(starts[1:])))
+    found["vocab_starts of another group"] = error_of(call, plain, starts=(0, 1, *starts))
+    found["vocab_starts of other shards"] = error_of(call, plain, starts=(*range(0, 2 * k, 2), V + 9))
+    found["vocab_starts that fall"] = error_of(call, plain, starts=(0, *reversed(starts[1:])))
     return found
 
 
@@ -202,13 +205,13 @@ def process(folder: str) -> None:
             p, sizes = problem(name, dtype), SIZES.get(name, UNEVEN)[k]
             mine, bound = shard(p, sizes, at), workspace(kind, p, max(sizes))
             with Count() as count:
-                out = run(kind, mine, bound, process_group=group)
+                out = run(kind, mine, bound, vocab_parallel=gk.VocabParallel(group))
             starts = (0, *itertools.accumulate(sizes))
             results[k, name, kind, dtype] = out
             results["calls", k, name, kind, dtype] = count.calls
             if (name, kind, dtype) in STARTS:
                 with Count() as count:
-                    again = run(kind, mine, bound, process_group=group, vocab_starts=starts)
+                    again = run(kind, mine, bound, vocab_parallel=gk.VocabParallel(group, starts))
                 same = (torch.equal(x, again[field]) for field, x in out.items())
                 results["given", k, name, kind, dtype] = all(same), count.calls
         results["errors", k] = errors(group, at, k)
@@ -353,17 +356,18 @@ def test_wrong_arguments_stop_every_rank(ranks, k):
 
 def test_arguments_without_a_group():
     p = problem("uneven")
-    with pytest.raises(ValueError, match="`vocab_starts`"):
-        run("stats", p, vocab_starts=(0, V))
-    with pytest.raises(ValueError, match="`process_group`"):
-        run("stats", p, process_group="world")
+    with pytest.raises(ValueError, match=r"`vocab_parallel` must be a gem_kernels\.VocabParallel or None"):
+        run("stats", p, vocab_parallel=(0, V))
+    for group in (None, "world"):
+        with pytest.raises(ValueError, match="`process_group`"):
+            run("stats", p, vocab_parallel=gk.VocabParallel(group, (0, V)))
 
 
 # The row kernels' part: a target that is elsewhere.
 
 
 def check_no_target(forward, backward):
-    """forward(logits, targets), backward(logits, targets, row_max, log_sum, entropy, a, b) -> gradient."""
+    """forward(logits, targets), backward(logits, targets, RowGradients) -> gradient."""
     generator = torch.Generator().manual_seed(2)
     n, words = 5, 301
     logits = 3 * torch.randn(1, n, words, generator=generator)
@@ -378,10 +382,10 @@ def check_no_target(forward, backward):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     assert without[2][2] <= -1e30 and not (without[2][3] <= -1e30)  # all -inf, and poisoned, are told apart
     a, b = torch.randn(2, n, generator=generator).unbind()
-    stats = (with_target[2], with_target[3], with_target[1], a, b)
+    stats = RowGradients(*with_target[1:], a, b)
     one_hot = torch.zeros(n, words).scatter_(1, targets[:, None], a[:, None])
-    expected = backward(logits, targets, *stats) - one_hot
-    torch.testing.assert_close(backward(logits, nowhere, *stats), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    expected = backward(logits, targets, stats) - one_hot
+    torch.testing.assert_close(backward(logits, nowhere, stats), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     for outside in (-1, words):
         wrong = torch.full((n,), outside)
         assert all(forward(logits, wrong)[i].isnan().all() for i in (0, 1, 3))
@@ -391,12 +395,14 @@ def check_no_target(forward, backward):
     "compiled", [pytest.param(True, marks=pytest.mark.skipif(build.load() is None, reason="no compiler")), False]
 )
 def test_row_kernels_without_a_target(compiled):
-    def forward(logits, targets):
-        return cpu.row_stats_forward(logits, targets, 1.0, None, -100, compiled=compiled)
+    options = RowOptions(backend="cpu" if compiled else "torch")
 
-    def backward(logits, targets, *stats):
+    def forward(logits, targets):
+        return cpu.row_stats_forward(logits, targets, options)
+
+    def backward(logits, targets, stats):
         grad = torch.full_like(logits, torch.nan)
-        cpu.row_stats_backward(grad, logits, targets, 1.0, None, -100, *stats, compiled=compiled)
+        cpu.row_stats_backward(grad, logits, targets, options, stats)
         return grad[0]
 
     check_no_target(forward, backward)
@@ -408,13 +414,13 @@ def test_triton_row_kernels_without_a_target(splits, device):
     from gem_kernels.backends.triton import launch
 
     def forward(logits, targets):
-        out = launch.row_stats_forward(logits.to(device), targets.to(device), 1.0, None, None, -100, splits)
+        out = launch.row_stats_forward(logits.to(device), targets.to(device), RowOptions(), splits)
         return tuple(x.cpu() for x in out)
 
-    def backward(logits, targets, *stats):
-        logits, targets, stats = logits.to(device), targets.to(device), [x.to(device) for x in stats]
+    def backward(logits, targets, stats):
+        logits, targets, stats = logits.to(device), targets.to(device), RowGradients(*(x.to(device) for x in stats))
         grad = torch.full_like(logits, torch.nan)
-        launch.row_stats_backward(grad, logits, targets, 1.0, None, None, -100, stats, splits)
+        launch.row_stats_backward(grad, logits, targets, RowOptions(), stats, splits)
         return grad[0].cpu()
 
     check_no_target(forward, backward)

@@ -13,9 +13,8 @@ Arguments, the same everywhere. N = R1 * R2 rows; all checked by the caller:
 
     logits         [R1, R2, V] float32, bfloat16 or float16, last stride 1, the others any; row r is [r // R2, r % R2]
     targets        [N] int64, contiguous; `ignore_index` marks a row that is not used: its results are 0
-    temperature    a float, or [N] float32, contiguous
-    softcap        c, or None
-    row_max, log_sum, entropy, grad_logprobs, grad_entropy     [N] float32
+    options        RowOptions: tau (a float, or [N] float32, contiguous), c, ignore_index
+    vectors        RowGradients: entropy, row_max, log_sum, dL/dlogprobs, dL/dentropy, [N] float32
 
 A logit of -inf is a probability of 0. A row holding NaN or +inf, or nothing but -inf, or whose target is outside
 [0, V), gives NaN, in value and gradient; no other row is touched by it. (row_max of a row of -inf is -inf.) The target
@@ -29,12 +28,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...types import NO_TARGET
+from ..types import NO_TARGET, RowGradients, RowOptions, RowStats
 from . import build
 from .threads import run_on_threads
-
-RowStats = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(logprobs, entropy, row_max, log_sum), all [N] float32."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,39 +38,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ELEMENTS_PER_THREAD = 1 << 16
 
 
-def row_stats_forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    *,
-    compiled: bool,
-) -> RowStats:
-    """(logprobs, entropy, row_max, log_sum) [N] float32; by compiled code if that is wanted and can be had."""
-    function = forward if compiled and available(logits) else forward_torch
-    return function(logits, targets, temperature, softcap, ignore_index)
+def row_stats_forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
+    """By compiled code if options.backend is "cpu" and it can be had."""
+    function = forward if options.backend == "cpu" and available(logits) else forward_torch
+    return function(logits, targets, options)
 
 
 def row_stats_backward(
-    grad_logits: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    *,
-    compiled: bool,
+    grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients
 ) -> None:
-    """Writes dL/dlogits into `grad_logits` (may be `logits`); by compiled code if that is wanted and can be had."""
-    function = backward if compiled and available(logits) else backward_torch
-    stats = (row_max, log_sum, entropy, grad_logprobs, grad_entropy)
-    function(grad_logits, logits, targets, temperature, softcap, ignore_index, *stats)
+    """Writes dL/dlogits into `grad_logits` (may be `logits`); by compiled code as in `row_stats_forward`."""
+    function = backward if options.backend == "cpu" and available(logits) else backward_torch
+    function(grad_logits, logits, targets, options, vectors)
 
 
 def available(logits: Tensor) -> bool:
@@ -105,10 +80,8 @@ class _Rows(ctypes.Structure):
     ]
 
 
-def _rows(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
-) -> _Rows:
-    per_row = isinstance(temperature, Tensor)
+def _rows(logits: Tensor, targets: Tensor, options: RowOptions) -> _Rows:
+    temperatures = options.temperatures
     return _Rows(
         logits=logits.data_ptr(),
         N=logits.shape[0] * logits.shape[1],
@@ -117,45 +90,33 @@ def _rows(
         s1=logits.stride(0),
         s2=logits.stride(1),
         targets=targets.data_ptr(),
-        tau_rows=temperature.data_ptr() if per_row else None,
-        tau=1.0 if per_row else float(temperature),
-        softcap=0.0 if softcap is None else softcap,
-        ignore_index=ignore_index,
+        tau_rows=None if temperatures is None else temperatures.data_ptr(),
+        tau=options.temperature,
+        softcap=0.0 if options.softcap is None else options.softcap,
+        ignore_index=options.ignore_index,
         dtype=DTYPES[logits.dtype],
     )
 
 
-def forward(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
-) -> RowStats:
-    """(logprobs, entropy, row_max, log_sum) [N] float32. Ignored rows are not read."""
-    outputs = tuple(torch.empty(targets.shape[0], dtype=torch.float32) for _ in range(4))
-    rows = _rows(logits, targets, temperature, softcap, ignore_index)
-    rows.logprobs, rows.entropy, rows.row_max, rows.log_sum = (output.data_ptr() for output in outputs)
+def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
+    """Ignored rows are not read."""
+    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32) for _ in range(4)))
+    rows = _rows(logits, targets, options)
+    for name, output in outputs._asdict().items():
+        setattr(rows, name, output.data_ptr())
     _run(build.load().gem_row_stats_forward, rows)
     return outputs
 
 
-def backward(
-    grad_logits: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-) -> None:
+def backward(grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients) -> None:
     """Writes dL/dlogits into `grad_logits`: the shape and dtype of `logits`, strides of its own, or `logits` itself.
 
     Ignored rows are not read and get 0. So do rows where both upstream gradients are 0 and the statistics are numbers.
     """
-    vectors = [v.contiguous() for v in (row_max, log_sum, entropy, grad_logprobs, grad_entropy)]
-    rows = _rows(logits, targets, temperature, softcap, ignore_index)
-    rows.row_max, rows.log_sum, rows.entropy, rows.grad_logprobs, rows.grad_entropy = (v.data_ptr() for v in vectors)
+    vectors = RowGradients(*(v.contiguous() for v in vectors))
+    rows = _rows(logits, targets, options)
+    for name, vector in vectors._asdict().items():
+        setattr(rows, name, vector.data_ptr())
     rows.grad_logits, rows.g1, rows.g2 = grad_logits.data_ptr(), grad_logits.stride(0), grad_logits.stride(1)
     _run(build.load().gem_row_stats_backward, rows)
 
@@ -166,7 +127,7 @@ def _run(function, rows: _Rows) -> None:
 
 # Plain torch.
 
-# Float32 copies of a chunk of rows that are alive at once, measured; tests/kernels/test_cpu_kernels.py holds it.
+# Float32 copies of a chunk of rows that are alive at once, measured (test_cpu_kernels.py holds it to that).
 LIVE_COPIES = 5
 SHARE_OF_LOGITS = 0.08
 CHUNK_BYTES = {"cpu": 4 << 20}
@@ -201,16 +162,15 @@ def _select(vector: float | Tensor, rows: Tensor) -> float | Tensor:
     return vector[rows, None] if isinstance(vector, Tensor) else vector
 
 
-def forward_torch(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
-) -> RowStats:
+def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
     """`forward` in plain torch, on the device of `logits`, without synchronising a GPU."""
-    outputs = tuple(torch.zeros(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+    outputs = RowStats(*(torch.zeros(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4)))
+    ignore_index = options.ignore_index
     V = logits.shape[2]
     for rows in _chunks(logits, targets, ignore_index):
         z = logits[rows // logits.shape[1], rows % logits.shape[1]].float()
-        y, tau = targets[rows, None], _select(temperature, rows)
-        x = _capped(z, softcap)[0]
+        y, tau = targets[rows, None], _select(options.tau, rows)
+        x = _capped(z, options.softcap)[0]
         del z
         m, i_max = x.max(-1, keepdim=True)
         d = x.sub_(m).div_(tau)
@@ -231,33 +191,24 @@ def forward_torch(
 
 
 def backward_torch(
-    grad_logits: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
+    grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients
 ) -> None:
     """`backward` in plain torch, on the device of `logits`, without synchronising a GPU."""
     R2, V = logits.shape[1:]
+    ignore_index = options.ignore_index
     if logits.device.type == "cpu":
         ignored = (targets == ignore_index).nonzero()[:, 0]
         grad_logits[ignored // R2, ignored % R2] = 0.0
     for rows in _chunks(logits, targets, ignore_index):
         z = logits[rows // R2, rows % R2].float()
-        y, tau = targets[rows, None], _select(temperature, rows)
-        L, H, a, b = (vector[rows, None] for vector in (log_sum, entropy, grad_logprobs, grad_entropy))
+        y, tau = targets[rows, None], _select(options.tau, rows)
+        H, m, L, a, b = (vector[rows, None] for vector in vectors)
         absent = y == NO_TARGET
         outside = ((y < 0) | (y >= V)) & ~absent
         i_y = y.clamp(0, V - 1)
-        x, slope = _capped(z, softcap)
+        x, slope = _capped(z, options.softcap)
         del z
-        log_p = x.sub_(row_max[rows, None]).div_(tau).sub_(L.masked_fill(outside, torch.nan))
+        log_p = x.sub_(m).div_(tau).sub_(L.masked_fill(outside, torch.nan))
         log_p_y = log_p.gather(-1, i_y).clamp_(max=0.0)
         p = log_p.exp()
         gradient = log_p.clamp_(min=LOWEST).mul_(b).add_(a + b * H).mul_(p).neg_()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...types import FEATURES
+from ..types import Completions, ScoreRule
 from . import build
 from .threads import run_on_threads
 
@@ -22,25 +23,11 @@ Scores = tuple[Tensor, Tensor, Tensor]
 """features [9, B] float32, score [B] float32, valid [B] bool."""
 
 
-def span_scores(
-    entropy: Tensor,
-    logprobs: Tensor | None,
-    completion_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    answer_start: Tensor,
-    valid: Tensor | None,
-    weights: list[float],
-    numerator: int,
-    denominator: int,
-    exclude: bool,
-    *,
-    compiled: bool,
-) -> Scores:
-    """By compiled code if that is wanted and can be had. entropy, logprobs: float32, contiguous; offsets checked."""
-    on_cpu = entropy.device.type == "cpu"
+def span_scores(given: Completions, rule: ScoreRule, *, compiled: bool) -> Scores:
+    """By compiled code if that is wanted and can be had. `cu_seqlens` are checked by the caller."""
+    on_cpu = given.entropy.device.type == "cpu"
     function = _compiled if compiled and on_cpu and build.load() is not None else span_scores_torch
-    layout = (completion_mask, cu_seqlens, answer_start, valid)
-    return function(entropy, logprobs, *layout, weights, numerator, denominator, exclude)
+    return function(given, rule)
 
 
 class _Spans(ctypes.Structure):
@@ -55,20 +42,18 @@ class _Spans(ctypes.Structure):
     ]
 
 
-def _compiled(
-    entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid, weights, numerator, denominator, exclude
-) -> Scores:
-    B = answer_start.shape[0]
+def _compiled(given: Completions, rule: ScoreRule) -> Scores:
+    B = given.answer_start.shape[0]
     features = torch.empty(len(FEATURES), B, dtype=torch.float32, device="cpu")
     score = torch.empty(B, dtype=torch.float32, device="cpu")
     ok = torch.empty(B, dtype=torch.bool, device="cpu")
     inputs = {
-        "entropy": entropy,
-        "logprobs": logprobs,
-        "mask": None if completion_mask is None else completion_mask.contiguous(),
-        "offsets": None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-        "starts": answer_start.long().contiguous(),
-        "valid": None if valid is None else valid.contiguous(),
+        "entropy": given.entropy,
+        "logprobs": given.logprobs,
+        "mask": None if given.completion_mask is None else given.completion_mask.contiguous(),
+        "offsets": None if given.cu_seqlens is None else given.cu_seqlens.long().contiguous(),
+        "starts": given.answer_start.long().contiguous(),
+        "valid": None if given.valid is None else given.valid.contiguous(),
         "features": features,
         "score": score,
         "ok": ok,
@@ -76,27 +61,26 @@ def _compiled(
     spans = _Spans(
         **{name: None if x is None else x.data_ptr() for name, x in inputs.items()},
         B=B,
-        T=entropy.shape[1] if cu_seqlens is None else entropy.shape[0] // max(1, B),
-        numerator=numerator,
-        denominator=denominator,
-        exclude=exclude,
-        weights=(ctypes.c_double * len(FEATURES))(*weights),
+        T=given.entropy.numel() // max(1, B),
+        numerator=rule.numerator,
+        denominator=rule.denominator,
+        exclude=rule.exclude,
+        weights=(ctypes.c_double * len(FEATURES))(*rule.weights),
     )
-    run_on_threads(build.load().gem_span_scores, spans, min(B, 1 + entropy.numel() // TOKENS_PER_THREAD))
+    run_on_threads(build.load().gem_span_scores, spans, min(B, 1 + given.entropy.numel() // TOKENS_PER_THREAD))
     return features, score, ok
 
 
-def span_scores_torch(
-    entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid, weights, numerator, denominator, exclude
-) -> Scores:
+def span_scores_torch(given: Completions, rule: ScoreRule) -> Scores:
     """One completion after the other, the top m by `torch.topk` (a selection). On a GPU this waits for the device."""
+    entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid = given
     starts = answer_start.tolist()
     usable = [True] * len(starts) if valid is None else valid.tolist()
     offsets = None if cu_seqlens is None else cu_seqlens.tolist()
     features = torch.zeros(len(FEATURES), len(starts), dtype=torch.float64, device="cpu")
     score = torch.zeros(len(starts), dtype=torch.float64, device="cpu")
     ok = torch.zeros(len(starts), dtype=torch.bool, device="cpu")
-    used = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    used = torch.tensor(rule.weights, dtype=torch.float64, device="cpu")
     for i, start in enumerate(starts):
         if offsets is not None:
             span, counted = slice(offsets[i], offsets[i + 1]), None
@@ -113,22 +97,22 @@ def span_scores_torch(
         if counted is not None and len(positions) < n:
             answer, reasoning = answer[counted[start:]], reasoning[counted[:start]]
             logp = None if logp is None else logp[counted]
-        if not usable[i] or len(answer) == 0 or (exclude and not found):
+        if not usable[i] or len(answer) == 0 or (rule.exclude and not found):
             continue
         ok[i] = True
-        features[:, i] = _features(answer.double(), reasoning.double(), logp, numerator, denominator)
+        features[:, i] = _features(answer.double(), reasoning.double(), logp, rule)
         score[i] = torch.where(used == 0, 0.0, used * features[:, i]).sum()
     device = entropy.device
     return features.to(device, torch.float32), score.to(device, torch.float32), ok.to(device)
 
 
-def _features(answer: Tensor, reasoning: Tensor, logp: Tensor | None, numerator: int, denominator: int) -> Tensor:
+def _features(answer: Tensor, reasoning: Tensor, logp: Tensor | None, rule: ScoreRule) -> Tensor:
     """The features of one valid completion, [9] float64."""
     everything = torch.cat([reasoning, answer])
     zero = everything.new_zeros(())
     before = fork = mean_logprob = sum_logprob = min_logprob = zero
     if len(reasoning):
-        m = numerator * len(reasoning) // denominator if denominator else numerator
+        m = rule.numerator * len(reasoning) // rule.denominator if rule.denominator else rule.numerator
         fork = reasoning.topk(min(max(m, 1), len(reasoning)), sorted=False).values.mean()
         before = reasoning.mean()
     if logp is not None:

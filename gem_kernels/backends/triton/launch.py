@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import Completions, RowGradients, RowOptions, RowStats, ScoreRule
 from . import row_stats
 from . import span_scores as spans
 
@@ -27,22 +28,28 @@ def _span(V: int, block: int, splits: int) -> int:
     return max(1, -(-V // (block * splits))) * block
 
 
-def _options(rows: Tensor, softcap: float | None, temperatures: Tensor | None) -> dict:
+def _options(rows: Tensor, options: RowOptions) -> dict:
     nvidia = rows.device.type == "cuda" and torch.version.hip is None
-    return {"TEMPERATURE_TENSOR": temperatures is not None, "SOFTCAP": softcap is not None, "PTX": nvidia}
+    return {
+        "TEMPERATURE_TENSOR": options.temperatures is not None,
+        "SOFTCAP": options.softcap is not None,
+        "PTX": nvidia,
+    }
 
 
-def row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_index, splits=None):
+def row_stats_forward(rows: Tensor, targets: Tensor, options: RowOptions, splits: int | None = None) -> RowStats:
+    """[R1, R2, V] and targets [N] int64 -> RowStats. splits: programs a row, to be chosen here if None."""
     R1, R2, V = rows.shape
     N = R1 * R2
-    logprobs, entropy, row_max, log_sum = torch.empty(4, N, dtype=torch.float32, device=rows.device).unbind()
+    out = RowStats(*torch.empty(4, N, dtype=torch.float32, device=rows.device).unbind())
     if N == 0:
-        return logprobs, entropy, row_max, log_sum
+        return out
     launch = row_stats.launch_options(V, rows.element_size())
     splits = splits or _split_count(N, V, launch.block, rows.device)
-    options = _options(rows, softcap, temperatures)
-    partial = torch.empty(N, splits, 3, dtype=torch.float32, device=rows.device) if splits > 1 else logprobs
-    args = (rows, targets, temperature, temperatures, softcap or 1.0, logprobs, entropy, row_max, log_sum, partial)
+    constants = _options(rows, options)
+    partial = torch.empty(N, splits, 3, dtype=torch.float32, device=rows.device) if splits > 1 else out.logprobs
+    tau, softcap = (options.temperature, options.temperatures), options.softcap or 1.0
+    args = (rows, targets, *tau, softcap, *out, partial)
     shape = (V, R2, rows.stride(0), rows.stride(1))
     with torch.cuda.device_of(rows):
         row_stats.row_stats_forward[(N, splits)](
@@ -50,8 +57,8 @@ def row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_
             *shape,
             _span(V, launch.block, splits),
             splits,
-            ignore_index,
-            **options,
+            options.ignore_index,
+            **constants,
             SPLIT=splits > 1,
             BLOCK=launch.block,
             LANES=launch.lanes,
@@ -59,20 +66,32 @@ def row_stats_forward(rows, targets, temperature, temperatures, softcap, ignore_
             num_warps=launch.num_warps,
         )
         if splits > 1:
-            del options["PTX"]
+            del constants["PTX"]
             row_stats.row_stats_combine[(N,)](
-                *args, *shape, splits, ignore_index, **options, MAX_SPLITS=row_stats.MAX_SPLITS, num_warps=1
+                *args,
+                *shape,
+                splits,
+                options.ignore_index,
+                **constants,
+                MAX_SPLITS=row_stats.MAX_SPLITS,
+                num_warps=1,
             )
-    return logprobs, entropy, row_max, log_sum
+    return out
 
 
-def row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, ignore_index, stats, splits=None):
-    """stats: row_max, log_sum, entropy, grad_logprobs, grad_entropy, each [N] float32. Writes `grad`."""
+def row_stats_backward(
+    grad: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    vectors: RowGradients,
+    splits: int | None = None,
+) -> None:
+    """Writes dL/drows into `grad`, which may be `rows`."""
     R1, R2, V = rows.shape
     N = R1 * R2
     if N == 0:
         return
-    row_max, log_sum, entropy, grad_logprobs, grad_entropy = stats
     launch = row_stats.launch_options(V, rows.element_size())
     splits = splits or _split_count(N, V, launch.block, rows.device)
     with torch.cuda.device_of(rows):
@@ -80,14 +99,14 @@ def row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, 
             grad,
             rows,
             targets,
-            temperature,
-            temperatures,
-            softcap or 1.0,
-            grad_logprobs,
-            grad_entropy,
-            entropy,
-            row_max,
-            log_sum,
+            options.temperature,
+            options.temperatures,
+            options.softcap or 1.0,
+            vectors.grad_logprobs,
+            vectors.grad_entropy,
+            vectors.entropy,
+            vectors.row_max,
+            vectors.log_sum,
             V,
             R2,
             rows.stride(0),
@@ -95,8 +114,8 @@ def row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, 
             grad.stride(0),
             grad.stride(1),
             _span(V, launch.block, splits),
-            ignore_index,
-            **_options(rows, softcap, temperatures),
+            options.ignore_index,
+            **_options(rows, options),
             SAME_LAYOUT=grad.stride() == rows.stride(),
             BLOCK=launch.block,
             ALIGN=launch.align,
@@ -104,21 +123,11 @@ def row_stats_backward(grad, rows, targets, temperature, temperatures, softcap, 
         )
 
 
-def span_scores(
-    entropy,
-    logprobs,
-    completion_mask,
-    cu_seqlens,
-    answer_start,
-    valid,
-    weights,
-    numerator,
-    denominator,
-    exclude,
-):
-    """features [9, B] float32, score [B] float32, valid [B] bool; entropy and logprobs are contiguous."""
+def span_scores(given: Completions, rule: ScoreRule) -> tuple[Tensor, Tensor, Tensor]:
+    """features [9, B] float32, score [B] float32, valid [B] bool."""
+    entropy, logprobs, completion_mask, cu_seqlens, answer_start, valid = given
     B = answer_start.shape[0]
-    features = torch.empty(len(weights), B, dtype=torch.float32, device=entropy.device)
+    features = torch.empty(len(rule.weights), B, dtype=torch.float32, device=entropy.device)
     score = torch.empty(B, dtype=torch.float32, device=entropy.device)
     ok = torch.empty(B, dtype=torch.bool, device=entropy.device)
     if B == 0:
@@ -137,11 +146,11 @@ def span_scores(
             ok.view(torch.int8),
             entropy.numel(),
             entropy.shape[-1],
-            *weights,
-            numerator,
-            denominator,
+            *rule.weights,
+            rule.numerator,
+            rule.denominator,
             PACKED=cu_seqlens is not None,
-            EXCLUDE=exclude,
+            EXCLUDE=rule.exclude,
             HAS_VALID=valid is not None,
             HAS_LOGPROBS=logprobs is not None,
             BLOCK=spans.BLOCK,

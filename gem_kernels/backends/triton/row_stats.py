@@ -21,7 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ... import types
+from .. import types
 
 # Below any logit that could hold probability; -inf is raised to it so that e^d * d is 0 and never 0 * inf. Not lower:
 # a count of lanes times FLOOR must stay finite.

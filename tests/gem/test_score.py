@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from gem.config.settings import Scoring
+from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
-from gem.scoring import score as filtering
-from gem.scoring.score import Scoring, overlong_penalty, rank_candidates, ranking_metrics, score_rollout
-from gem_kernels import group_advantages
-from tests.helpers import tiny_model, tiny_tokenizer
+from gem.scoring import score
+from gem.scoring.score import overlong_penalty, rank_candidates, ranking_metrics, score_rollout
+from gem_kernels import LinearScore, group_advantages
+from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -18,7 +20,7 @@ END = TOKENIZER.eos_token_id
 
 def rollout_of(*texts, groups=1, ended=True):
     rows = [[*TOKENIZER.encode(text), *([END] if ended else [])] for text in texts]
-    return given_completions(TOKENIZER, [[5, 6]] * groups, rows, end_token_ids=[END], marker="Final Answer:")
+    return given_completions(FORM, [[5, 6]] * groups, rows)
 
 
 TEXTS = ("a b Final Answer: 1", "cc Final Answer: 22", "d Final Answer: 3", "no answer here")
@@ -97,13 +99,13 @@ def test_equal_completions_make_no_pair():
 
 def test_recorded_statistics_replace_the_forward(monkeypatch):
     model, rollout = tiny_model(), rollout_of(*TEXTS)
-    scored = score_rollout(model, rollout, Scoring(), batch_size=1)
+    scored = score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
     recorded = dataclasses.replace(rollout, logprobs=scored.logprobs, entropy=scored.entropy)
-    monkeypatch.setattr(filtering, "measured_stats", None)  # calling the model now fails
-    again = score_rollout(model, recorded, Scoring(), batch_size=1)
+    monkeypatch.setattr(score, "measured_stats", None)  # calling the model now fails
+    again = score_rollout(Policy(model), recorded, Scoring(), batch_size=1)
     assert torch.equal(again.scores.score, scored.scores.score) and again.entropy is recorded.entropy
     with pytest.raises(TypeError):
-        score_rollout(model, rollout, Scoring(), batch_size=1)
+        score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
 
 
 def test_metrics_name_what_was_found_and_left_out():
@@ -118,3 +120,17 @@ def test_scores_that_are_not_numbers_are_not_hidden():
     rollout = rollout_of(*TEXTS)
     entropy = torch.rand(rollout.batch.completion_ids.shape).masked_fill(torch.tensor([[True], [False]] * 2), torch.nan)
     assert rank_candidates(rollout, entropy, entropy, Scoring()).advantages.isnan().any()
+
+
+def test_a_linear_score_takes_the_paper_s_place():
+    """Rewards, advantages and pairs are made of it; the features are those of gem_kernels."""
+    rollout = given_completions(FORM, [[5, 6]], [[7, 8, END], [9, END]])
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -0.5, 0.0]])
+    entropy = torch.tensor([[0.5, 1.0, 1.5], [2.0, 3.0, 0.0]])
+    linear = LinearScore({"mean_logprob": 2.0, "length": -1.0}, {"length": 4.0})
+    scored = rank_candidates(rollout, logprobs, entropy, Scoring(), linear)
+    assert scored.scores.score.tolist() == pytest.approx([2 * -2.0 - 3 / 4, 2 * -0.5 - 2 / 4])
+    assert scored.rewards.tolist() == pytest.approx(scored.scores.score.tolist())
+    assert scored.pairs.tolist() == [[1, 0]] and scored.features.length.tolist() == [3.0, 2.0]
+    paper = rank_candidates(rollout, logprobs, entropy, Scoring())
+    assert paper.scores.score[1] == pytest.approx(2.0 - 3.0) and paper.pairs.tolist() != scored.pairs.tolist()

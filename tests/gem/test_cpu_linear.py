@@ -1,13 +1,18 @@
 """Products with few rows: the numbers of nn.Linear, only while it is asked for, and only where that is right."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from gem.model.lora import Lora, add_lora
-from gem.rollout import cpu_linear as few_rows
+from gem.config.settings import Lora, Sampling, TextSettings
+from gem.data.prompts import text_format
+from gem.model.forward import Policy
+from gem.model.lora import add_lora
+from gem.rollout import cpu_linear
 from gem.rollout.cpu_linear import MOST_ROWS, few_row_products
-from gem.rollout.sample import Sampling, roll_out
+from gem.rollout.sample import roll_out
 from tests.helpers import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -17,7 +22,7 @@ TOKENIZER = tiny_tokenizer()
 def quick(monkeypatch):
     """The number of products that were taken the quicker way."""
     calls = []
-    monkeypatch.setattr(few_rows, "_product", lambda *a, real=few_rows._product: calls.append(a) or real(*a))
+    monkeypatch.setattr(cpu_linear, "_product", lambda *a, real=cpu_linear._product: calls.append(a) or real(*a))
     return calls
 
 
@@ -68,16 +73,18 @@ def test_the_model_is_as_before_after_an_error():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_rollout_samples_through_it(lora, quick, monkeypatch):
-    model = add_lora(tiny_model(), Lora(r=4)) if lora else tiny_model()
+    model = add_lora(tiny_model(), Lora(lora_r=4)) if lora else tiny_model()
     prompts = [TOKENIZER.encode(text) for text in ("a", "What is 2 + 2?")]
 
+    form = dataclasses.replace(text_format(TOKENIZER, TextSettings()), end_tokens=())
+
     def sample():
-        arguments = {"end_token_ids": (), "marker": "Final Answer:", "seed": 3, "batch_size": 2}
-        return roll_out(model, TOKENIZER, prompts, Sampling(2, 12), stats_temperature=1.0, **arguments)
+        sampling = Sampling(num_generations=2, max_completion_length=12)
+        return roll_out(Policy(model), form, prompts, sampling, seed=3, batch_size=2, stats_temperature=1.0)
 
     found = sample()
     assert len(quick) > 12  # a product a token at the least
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    monkeypatch.setattr(cpu_linear, "MOST_ROWS", 0)
     plain = sample()
     assert torch.equal(found.batch.completion_ids, plain.batch.completion_ids)
     torch.testing.assert_close(found.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gem.model import forward as policy
-from gem.model.lora import Lora, add_lora
+from gem.config.settings import Lora
+from gem.model import forward
+from gem.model.forward import Policy
+from gem.model.lora import add_lora
 from gem_kernels.integrations.transformers import causal_lm_head
 from tests.helpers import rollout_of, tiny_model
 
@@ -29,7 +31,7 @@ def made(kind):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "lora" in kind:
         torch.manual_seed(0)
-        model = add_lora(model, Lora(r=4))
+        model = add_lora(model, Lora(lora_r=4))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -42,12 +44,12 @@ def made(kind):
 def run(model, batch, monkeypatch, *, share=None, padding_free=False):
     """Loss, gradients by name, and how many tokens went through the first layer."""
     if share is not None:
-        monkeypatch.setattr(policy, "can_share_prompt", lambda _: share)
+        monkeypatch.setattr(forward, "can_share_prompt", lambda _: share)
     causal_lm_head(model)  # its check is a forward of its own
     tokens = []
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
     hook = layer.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[:2].numel()))
-    stats = policy.completion_stats(model, batch, padding_free=padding_free)
+    stats = forward.completion_stats(Policy(model, padding_free), batch)
     loss = (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum()
     loss.backward()
     hook.remove()
@@ -76,21 +78,21 @@ def test_shared_joined_and_packed_prompts_give_one_gradient(kind, group, monkeyp
 
 
 def test_the_prompt_is_joined_where_sharing_it_would_be_wrong(group):
-    assert policy.can_share_prompt(made("plain")) and policy.can_share_prompt(made("lora ddp"))
-    assert not policy.can_share_prompt(made("checkpointed"))
-    assert policy.can_share_prompt(made("checkpointed").eval())
+    assert forward.can_share_prompt(made("plain")) and forward.can_share_prompt(made("lora ddp"))
+    assert not forward.can_share_prompt(made("checkpointed"))
+    assert forward.can_share_prompt(made("checkpointed").eval())
     sharded = fully_shard(made("plain"))
-    assert not policy.can_share_prompt(sharded)
+    assert not forward.can_share_prompt(sharded)
     with torch.no_grad():
-        assert policy.can_share_prompt(sharded)
+        assert forward.can_share_prompt(sharded)
     sliding = Gemma2Config(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, sliding_window=4,
     )  # fmt: skip
-    assert not policy.can_share_prompt(Gemma2ForCausalLM(sliding))
+    assert not forward.can_share_prompt(Gemma2ForCausalLM(sliding))
 
 
 def test_the_head_skips_the_prompt_under_wrappers_too(group):
     for kind in ("plain", "lora", "ddp", "lora ddp"):
-        assert policy.keeps_logits(made(kind)), kind
-        assert policy.device_of(made(kind)) == torch.device("cpu")
+        assert forward.keeps_logits(made(kind)), kind
+        assert Policy(made(kind)).device == torch.device("cpu")

@@ -116,15 +116,20 @@ from tests.helpers import tiny_model
 from gem.parallel import processes
 from gem.run import checkpoint
 from gem.data.batches import collate
-from gem.model.forward import completion_stats, measured_stats
+from gem.config.settings import OptimizerSettings
+from gem.model.forward import Policy, completion_stats, measured_stats
 from gem.model.starting_policy import StartingPolicy
 from gem.rollout.vllm import policy_weights
-from gem.update.deepspeed_optimizer import ZeroTrainer
+from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 
 model = tiny_model().to({dtype})
 accelerator = processes.make_accelerator("cpu")
 model = processes.prepare_model(model, accelerator, 1.0)
 batch = collate([[5, 6, 7], [6, 6]], [[8, 9, 10, 11], [12, 9]], 0)
+
+def trainer_of(rate, **settings):
+    settings = OptimizerSettings(micro_batch_size=1, **settings)
+    return DeepSpeedTrainer(Policy(model), accelerator, settings, learning_rate=rate, total_steps=9)
 
 def weights():
     return checkpoint.trained_parameters(model)
@@ -133,13 +138,13 @@ def equal(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 def step(trainer, factor=1.0):
-    for (i,), weight in trainer.micro_batches([0, 1], 1):
-        stats = completion_stats(model, batch.select_prompts(i, i + 1))
+    for (i,), weight in trainer.micro_batches([0, 1]):
+        stats = completion_stats(Policy(model), batch.select_prompts(i, i + 1))
         trainer.backward(-factor * weight * stats.logprobs.sum())
     return trainer.step()
 
 start = weights()
-trainer = ZeroTrainer(model, accelerator, learning_rate=1e-2, total_steps=9, weight_decay=0.1)
+trainer = trainer_of(1e-2, weight_decay=0.1)
 assert equal(start, weights()), "making the moments moved the weights"
 outcome = step(trainer)
 assert not outcome.skipped and outcome.grad_norm > 0
@@ -160,19 +165,19 @@ assert equal(moved, weights()) and not step(trainer).skipped and equal(after, we
 
 # Weights that are set stay set: the optimizer's own weights follow.
 checkpoint.restore_parameters(model, start)
-still = ZeroTrainer(model, accelerator, learning_rate=0.0, total_steps=9)
+still = trainer_of(0.0)
 assert not step(still).skipped and equal(start, weights())
 
 # The starting policy is itself, and the policy is not touched by it.
-logprobs = measured_stats(model, batch, batch_size=2).logprobs
+logprobs = measured_stats(Policy(model), batch, batch_size=2).logprobs
 reference = StartingPolicy(model)
-fresh = ZeroTrainer(model, accelerator, learning_rate=1e-2, total_steps=9)
+fresh = trainer_of(1e-2)
 step(fresh)
 later = weights()
 kept = reference.state_dict()
 assert equal(start, kept) and equal(later, weights())
 with reference.active():
-    assert torch.allclose(measured_stats(model, batch, batch_size=2).logprobs, logprobs)
+    assert torch.allclose(measured_stats(Policy(model), batch, batch_size=2).logprobs, logprobs)
 assert equal(later, weights())
 again = StartingPolicy(model)
 again.load_state_dict(kept)
@@ -190,7 +195,7 @@ processes.shut_down()
 @pytest.mark.parametrize("stage, dtype", [(1, "torch.float32"), (2, "torch.bfloat16"), (3, "torch.bfloat16")])
 def test_steps_of_one_process(folder, tmp_path, stage, dtype):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), dtype=dtype))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2]), dtype=dtype))
     assert "all of it" in run_ranks(1, run_script, script, environment=environment(folder, stage))
 
 
