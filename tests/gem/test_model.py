@@ -10,10 +10,10 @@ from gem.model import forward
 from gem.model.forward import Policy
 from gem.model.load import (
     ModelSource,
+    checkpoint_activations,
     context_length,
     end_token_ids,
     find_model,
-    load_config,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -29,7 +29,7 @@ def test_gguf_in_safetensors_out(tmp_path):
     write_gguf(tmp_path / "gguf" / "tiny.gguf", model, tiny_tokenizer())
     source = find_model(str(tmp_path / "gguf"))
     assert source == find_model(str(tmp_path / "gguf" / "tiny.gguf"))
-    config = load_config(source)
+    config = load_model_config(source)
     assert context_length(config) == 512
     loaded, tokenizer = load_model(source, config, device="cpu"), load_tokenizer(source)
     ids = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
@@ -139,7 +139,7 @@ def test_padding_free_tells_flash_attention_where_the_sequences_end(make, checkp
     def run(attention, padding_free):
         model = make().train()
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         model.config._attn_implementation = attention
         stats = forward.completion_stats(Policy(model, padding_free), batch)
         (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum().backward()
