@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class _Batch:
         self.answer_start, self.valid = answer_start, valid
         self.options = {"fork_weight": fork_weight, "top_m": top_m, "no_answer": no_answer, "backend": backend}
 
-    def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None):
+    def scores(self, entropy: Tensor, begin: int = 0, end: int | None = None) -> EntropyScores:
         """EntropyScores of sequences [begin, end), from the entropies of all tokens."""
         end = self.B if end is None else end
         part = {"answer_start": self.answer_start, "valid": self.valid}
@@ -153,7 +153,7 @@ class _Batch:
         ends = self.cu_seqlens[1:].long().contiguous()
         return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
 
-    def group_bounds(self, group_size: int, rows: TokenRows) -> list[int]:
+    def group_bounds(self, group_size: Any, rows: TokenRows) -> list[int]:
         """Rows at which groups begin, and where the last ends."""
         if self.completion_mask is not None:
             T = self.targets.shape[1]
@@ -168,15 +168,22 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Grouping:
-    size: int | None
+    size: Any
     mapping: str
     scale: str
     eps: float
     backend: str
 
     def advantages(self, scores: EntropyScores) -> Tensor:
-        options = {"mapping": self.mapping, "scale": self.scale, "eps": self.eps, "backend": self.backend}
-        return group_advantages(scores.score, self.size, valid=scores.valid, **options)
+        return group_advantages(
+            scores.score,
+            self.size,
+            valid=scores.valid,
+            mapping=self.mapping,
+            scale=self.scale,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,8 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     all_entropy = torch.zeros(rows.total, device=weights.device)
     loss = torch.zeros((), device=weights.device)
     step = call.head.rows_per_chunk
-    if call.advantages is not None:
+    runs: list[tuple[int, int, slice | None]]
+    if advantages is not None:
         runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
     else:
         size = call.group.size
@@ -267,7 +275,8 @@ def _two_phase(call: _Call, bounds: list[int]) -> _Made:
     advantages = call.group.advantages(batch.scores(entropy))
     a = (-advantages * call.weights)[batch.sequence_of(rows)]
     loss = weighted_sum(a, stats.logprobs)
-    gradients, report = (None, None, None), None
+    gradients: Gradients = (None, None, None)
+    report = None
     if any(call.needs):
         vectors = RowGradients(*stats[1:], a, torch.zeros_like(a))
         gradients, report = statistics_backward(rows, call.head, vectors, call.needs)

@@ -469,7 +469,7 @@ def test_distributed(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        outputs = [process.communicate(timeout=600)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

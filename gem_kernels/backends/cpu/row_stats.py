@@ -26,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -106,7 +107,7 @@ def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
     rows = _rows(logits, targets, options)
     for name, output in outputs._asdict().items():
         setattr(rows, name, output.data_ptr())
-    _run(build.load().gem_row_stats_forward, rows)
+    _run("gem_row_stats_forward", rows)
     return outputs
 
 
@@ -120,7 +121,7 @@ def backward(grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowO
     for name, vector in vectors._asdict().items():
         setattr(rows, name, vector.data_ptr())
     rows.grad_logits, rows.g1, rows.g2 = grad_logits.data_ptr(), grad_logits.stride(0), grad_logits.stride(1)
-    _run(build.load().gem_row_stats_backward, rows)
+    _run("gem_row_stats_backward", rows)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -139,8 +140,9 @@ def _executor() -> ThreadPoolExecutor:
     return _pool
 
 
-def _run(function, rows: _Rows) -> None:
-    """Calls `function` on torch.get_num_threads() threads, this one included; they share a counter of rows."""
+def _run(name: str, rows: _Rows) -> None:
+    """Calls compiled code on torch.get_num_threads() threads, this one included; they share a counter of rows."""
+    function = getattr(build.load(), name)
     counter = ctypes.c_int64(0)
     rows.next = ctypes.addressof(counter)
     address = ctypes.addressof(rows)
@@ -165,7 +167,7 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 LOWEST = -200.0
 
 
-def _chunks(logits: Tensor, targets: Tensor, ignore_index: int):
+def _chunks(logits: Tensor, targets: Tensor, ignore_index: int) -> Sequence[Tensor]:
     """Row numbers, a chunk at a time. On the CPU the ignored rows are left out; elsewhere that would synchronise."""
     if logits.device.type == "cpu":
         rows = (targets != ignore_index).nonzero()[:, 0]
