@@ -16,6 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gem.config.settings import Scoring
 from gem.scoring.forks import answer_and_reasoning, num_fork_tokens
 
 # Probabilities are kept this far from 0 and 1 before strengths are fitted. Beyond it (3.1 standard errors) the normal
@@ -32,10 +33,7 @@ def score_standard_errors(
     completion_mask: Tensor,
     answer_start: Tensor,
     group_size: int,
-    *,
-    final_weight: float = 1.0,
-    fork_weight: float = 1.0,
-    top_m: float | int = 0.1,
+    scoring: Scoring,
 ) -> Tensor:
     """Standard error of S = -final_weight * H_final + fork_weight * H_fork: [P, G] float64, nats.
 
@@ -48,17 +46,17 @@ def score_standard_errors(
     Args:
         entropy: [B, T] nats; completion_mask: [B, T] bool, True counts, padded on the right.
         answer_start: [B], as for `gem_kernels.entropy_scores`: outside [0, length) the last fifth is the answer.
-        top_m: a share (float, the decimal it is written as) or a count (int) of the reasoning tokens.
+        scoring: its weights, and top_m: a share (float, the decimal it is written as) or a count (int).
     """
     values = entropy.double()
     answer, reasoning = answer_and_reasoning(completion_mask, answer_start)
-    num_top = num_fork_tokens(reasoning.sum(1), top_m)
+    num_top = num_fork_tokens(reasoning.sum(1), scoring.top_m)
     column = torch.arange(completion_mask.shape[1], device=entropy.device)
     ordered = values.masked_fill(~reasoning, -torch.inf).sort(1, descending=True).values
     top = column < num_top[:, None]
     final = _mean_variance(values, answer, group_size)
     fork = _mean_variance(ordered.masked_fill(~top, 0.0), top, group_size)
-    return (final_weight**2 * final + fork_weight**2 * fork).sqrt()
+    return (scoring.final_weight**2 * final + scoring.fork_weight**2 * fork).sqrt()
 
 
 def _mean_variance(values: Tensor, mask: Tensor, group_size: int) -> Tensor:
@@ -129,25 +127,23 @@ def pairs_decided(probabilities: Tensor, valid: Tensor) -> float:
     return float(decided[pairs].double().mean()) if bool(pairs.any()) else float("nan")
 
 
-def trim(scores: Tensor, valid: Tensor, method: str, *, mad: float = 3.0, share: float = 0.25) -> Tensor:
-    """`valid` [P, G] less the outliers of each group, by their scores [P, G].
+def trim(scores: Tensor, valid: Tensor, scoring: Scoring) -> Tensor:
+    """`valid` [P, G] less the outliers of each group, by their scores [P, G], as the setting `trim` says.
 
-    "mad": farther from the group's median than `mad` standard deviations, the deviation taken as 1.4826 times the
-    median absolute deviation; nothing where that is 0 (half of the group equal). "rank": the floor(share * n) lowest
-    and as many of the highest of its n valid candidates, of equal ones the first. "none": nothing.
+    "mad": farther from the group's median than `trim_mad` standard deviations, the deviation taken as 1.4826 times the
+    median absolute deviation; nothing where that is 0 (half of the group equal). "rank": the floor(trim_share * n)
+    lowest and as many of the highest of its n valid candidates, of equal ones the first. "none": nothing.
     """
-    if method == "none":
+    if scoring.trim == "none":
         return valid
-    if method == "mad":
+    if scoring.trim == "mad":
         scores = scores.double().masked_fill(~valid, torch.nan)
         distance = (scores - _median(scores)).abs()
-        limit = mad * MAD_TO_SD * _median(distance)
+        limit = scoring.trim_mad * MAD_TO_SD * _median(distance)
         return valid & ~((distance > limit) & (limit > 0))
-    if method != "rank":
-        raise ValueError(f"trim: expected none, mad or rank, got {method!r}")
     place = scores.double().masked_fill(~valid, torch.inf).argsort(dim=1, stable=True).argsort(1)
-    count = valid.sum(1, keepdim=True)
-    cut = count * Fraction(repr(share)).numerator // Fraction(repr(share)).denominator
+    count, share = valid.sum(1, keepdim=True), Fraction(repr(scoring.trim_share))
+    cut = count * share.numerator // share.denominator
     return valid & (place >= cut) & (place < count - cut)
 
 

@@ -65,14 +65,10 @@ def rank_candidates(rollout: Rollout, logprobs: torch.Tensor, entropy: torch.Ten
     batch = rollout.batch
     groups = (-1, batch.num_generations)
     scores = _scores(rollout, entropy, scoring)
-    kept = ranking.trim(
-        scores.score.view(groups), scores.valid.view(groups), scoring.trim,
-        mad=scoring.trim_mad, share=scoring.trim_share,
-    )  # fmt: skip
+    kept = ranking.trim(scores.score.view(groups), scores.valid.view(groups), scoring)
     errors = ranking.score_standard_errors(
-        entropy, batch.completion_mask, rollout.spans.answer_start, batch.num_generations,
-        final_weight=scoring.final_weight, fork_weight=scoring.fork_weight, top_m=scoring.top_m,
-    )  # fmt: skip
+        entropy, batch.completion_mask, rollout.spans.answer_start, batch.num_generations, scoring
+    )
     wins = ranking.win_probabilities(scores.score.view(groups), errors, kept)
     strengths = ranking.bradley_terry(wins, kept)
     rewards = strengths if scoring.ranking == "bradley_terry" else scores.score.double().view(groups)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gem.config.settings import Scoring
+from gem.errors import UserError
 from gem.scoring.ranking import (
     best_and_worst,
     bradley_terry,
@@ -28,7 +30,8 @@ def test_standard_error_by_hand():
     """Reasoning 4, 1, 2, 0 with top_m = 2: {4, 2}; answer 1, 3. The second is one answer token and no reasoning."""
     entropy = torch.tensor([[4.0, 1, 2, 0, 1, 3], [9, 7, 7, 7, 7, 7]])
     mask = torch.tensor([[True] * 6, [True] + [False] * 5])
-    errors = score_standard_errors(entropy, mask, torch.tensor([4, 0]), 2, final_weight=2.0, fork_weight=3.0, top_m=2)
+    scoring = Scoring(final_weight=2.0, fork_weight=3.0, top_m=2)
+    errors = score_standard_errors(entropy, mask, torch.tensor([4, 0]), 2, scoring)
     # Both spans have sample variance 2 and two values, so their means have variance 1; 4 * 1 + 9 * 1.
     assert errors[0, 0] == pytest.approx(math.sqrt(13))
     # One token: the group's pooled variance of answer spans is 2 (from the first), over 1 token; 4 * 2.
@@ -37,9 +40,9 @@ def test_standard_error_by_hand():
 
 def test_equal_tokens_have_no_error_and_lone_tokens_nothing_to_pool():
     mask = torch.ones(2, 5, dtype=torch.bool)
-    assert score_standard_errors(torch.full((2, 5), 0.3), mask, torch.tensor([3, 9]), 2).abs().max() < 1e-12
+    assert score_standard_errors(torch.full((2, 5), 0.3), mask, torch.tensor([3, 9]), 2, Scoring()).abs().max() < 1e-12
     one = torch.ones(2, 1, dtype=torch.bool)
-    assert score_standard_errors(torch.ones(2, 1), one, torch.tensor([0, 0]), 2).tolist() == [[0.0, 0.0]]
+    assert score_standard_errors(torch.ones(2, 1), one, torch.tensor([0, 0]), 2, Scoring()).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("top_m", [0.1, 0.29, 1.0, 1, 3, 50])
@@ -54,7 +57,7 @@ def test_spans_are_those_of_the_scores(top_m):
         top = entropy[0, :place].argsort(descending=True)[: max(1, share)] if place else []
         entropy[0, top], entropy[0, place:] = 2.0, 0.5
         answer_start = torch.tensor([start])
-        assert score_standard_errors(entropy, mask, answer_start, 1, top_m=top_m).item() == 0
+        assert score_standard_errors(entropy, mask, answer_start, 1, Scoring(top_m=top_m)).item() == 0
         scores = entropy_scores(entropy, completion_mask=mask, answer_start=answer_start, top_m=top_m)
         assert scores.score.item() == pytest.approx(2.0 * bool(place) - 0.5)
 
@@ -142,7 +145,7 @@ def test_laws(group):
 @given(groups(), st.sampled_from([0.0, 0.1, 0.25, 0.49]))
 def test_trimming_by_rank_keeps_the_middle(group, share):
     scores, _, valid = group
-    kept = trim(scores, valid, "rank", share=share)
+    kept = trim(scores, valid, Scoring(trim="rank", trim_share=share))
     n, cut = int(valid.sum()), math.floor(share * int(valid.sum()) + 1e-9)
     assert not (kept & ~valid).any() and int(kept.sum()) == n - 2 * cut
     if kept.any():
@@ -154,14 +157,14 @@ def test_trimming_by_deviation_by_hand():
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 20.0], [1.0, 1.0, 1.0, 9.0, 1.0]])
     valid = torch.ones(2, 5, dtype=torch.bool)
     # Row 0: median 3, deviations 2, 1, 0, 1, 17: MAD 1, limit 3 * 1.4826 = 4.4. Row 1: MAD 0, nothing goes.
-    assert trim(scores, valid, "mad").tolist() == [[True, True, True, True, False], [True] * 5]
-    assert trim(scores, valid, "mad", mad=1.0)[0].tolist() == [False, True, True, True, False]
+    assert trim(scores, valid, Scoring(trim="mad")).tolist() == [[True, True, True, True, False], [True] * 5]
+    assert trim(scores, valid, Scoring(trim="mad", trim_mad=1.0))[0].tolist() == [False, True, True, True, False]
     # An invalid candidate has no say in the median and stays invalid.
     valid[0, 0] = False
-    assert trim(scores, valid, "mad")[0].tolist() == [False, True, True, True, False]
-    assert trim(scores, valid, "none") is valid
-    with pytest.raises(ValueError, match="mad or rank"):
-        trim(scores, valid, "sigma")
+    assert trim(scores, valid, Scoring(trim="mad"))[0].tolist() == [False, True, True, True, False]
+    assert trim(scores, valid, Scoring()) is valid
+    with pytest.raises(UserError, match="none, mad, rank"):
+        trim(scores, valid, Scoring(trim="sigma"))
 
 
 def test_best_and_worst():
