@@ -100,9 +100,6 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-CPU = Accelerator(cpu=True)
-
-
 TOKENIZER = tiny_tokenizer()
 
 
@@ -132,14 +129,16 @@ def rollout_of(num_prompts=4, size=2):
 
 def trainer_of(model, *, learning_rate=1e-3, total_steps=1, **settings):
     settings = OptimizerSettings(**settings)
-    return Trainer(Policy(model), CPU, settings, learning_rate=learning_rate, total_steps=total_steps)
+    return Trainer(Policy(model), Accelerator(cpu=True), settings, learning_rate=learning_rate, total_steps=total_steps)
 
 
 class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
     def __init__(self, model, **settings):
-        super().__init__(Policy(model), CPU, OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
+        super().__init__(
+            Policy(model), Accelerator(cpu=True), OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1
+        )
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])

@@ -17,7 +17,6 @@ from gem.model.load import (
     context_length,
     end_token_ids,
     find_model,
-    load_config,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -32,7 +31,7 @@ def test_gguf_in_safetensors_out(tmp_path):
     write_gguf(tmp_path / "gguf" / "tiny.gguf", model, tiny_tokenizer())
     source = find_model(str(tmp_path / "gguf"))
     assert source == find_model(str(tmp_path / "gguf" / "tiny.gguf"))
-    config = load_config(source)
+    config = load_model_config(source)
     assert context_length(config) == 512
     loaded, tokenizer = load_model(source, config, device="cpu"), load_tokenizer(source)
     ids = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
