@@ -185,11 +185,6 @@ def rows(run_dir, file="metrics.jsonl"):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
 
 
-def assert_near(actual, expected, tolerance=2e-5):
-    """No number is further off than `tolerance` times the largest number expected."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
 def assert_close(one, other, tolerance=1e-3):
     """Rows of metrics: no number is further off than `tolerance` times the largest of its name and stage."""
     assert len(one) == len(other)

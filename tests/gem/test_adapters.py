@@ -27,7 +27,8 @@ from gem.model.load import (
 from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
 from gem.run import checkpoint
 from gem.train import train
-from tests.helpers import assert_near, save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.kernels.helpers import assert_near
 
 IDS = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
 

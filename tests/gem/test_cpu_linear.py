@@ -13,7 +13,8 @@ from gem.model.lora import add_lora
 from gem.rollout import cpu_linear
 from gem.rollout.cpu_linear import MOST_ROWS, few_row_products
 from gem.rollout.sample import roll_out
-from tests.helpers import assert_near, tiny_model, tiny_tokenizer
+from tests.helpers import tiny_model, tiny_tokenizer
+from tests.kernels.helpers import assert_near
 
 TOKENIZER = tiny_tokenizer()
 

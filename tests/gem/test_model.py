@@ -19,7 +19,8 @@ from gem.model.load import (
     load_tokenizer,
     save_pretrained,
 )
-from tests.helpers import assert_near, rollout_of, save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.helpers import rollout_of, save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.kernels.helpers import assert_near
 from tests.processes import Fork, run_script
 
 

@@ -11,7 +11,8 @@ from gem.data.batches import collate, pad_rows
 from gem.model import forward
 from gem.model.forward import Policy, completion_hidden, completion_stats
 from gem.rollout.sample import given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
-from tests.helpers import FORM, assert_near, tiny_model, tiny_tokenizer
+from tests.helpers import FORM, tiny_model, tiny_tokenizer
+from tests.kernels.helpers import assert_near
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

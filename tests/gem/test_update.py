@@ -15,7 +15,8 @@ from gem.update.optimizer import NO_STEP
 from gem.update.sega import sega_denominator, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import EntropyScores
-from tests.helpers import END, FORM, Recorder, assert_near, encode, rollout_of, tiny_model, trainer_of
+from tests.helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
+from tests.kernels.helpers import assert_near
 
 
 @pytest.mark.parametrize("loss_type", ["sum", "mean", "token", "constant"])
