@@ -169,7 +169,7 @@ def generate_command(
     ] = None,
     answer_span: Span = "marker",
     answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
+    system_prompt: System = DEFAULT.system_prompt,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
