@@ -94,7 +94,7 @@ def fused_linear_sega_loss(
         arguments.fail("group_size", f"a divisor of the number of sequences, {batch.B}", group_size)
     rows = token_rows(hidden.detach(), targets, head, options)
     # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
-    is_valid = batch.scores(torch.zeros(targets.shape, device=targets.device)).valid
+    is_valid = batch.scores(torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)).valid
     counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
     weights = sequence_weights(counts, is_valid, loss_type, max_completion_length, denominator)
     needs = needs_of(hidden, weight, bias)
@@ -147,7 +147,9 @@ class _Batch:
 
     def sequence_of(self, rows: TokenRows) -> Tensor:
         """The sequence each of the rows is in."""
-        token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
+        token = rows.kept
+        if token is None:
+            token = torch.arange(rows.total, dtype=torch.int64, device=self.targets.device)
         if self.completion_mask is not None:
             return token // max(1, self.targets.shape[1])
         ends = self.cu_seqlens[1:].long().contiguous()
@@ -162,7 +164,7 @@ class _Batch:
             self.host_offsets = self.cu_seqlens.tolist()
             bounds = self.host_offsets[::group_size]
         if rows.kept is not None:
-            bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
+            bounds = torch.searchsorted(rows.kept, rows.kept.new_tensor(bounds)).tolist()
         return bounds
 
 
@@ -237,9 +239,9 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     batch, rows, weights, advantages = call.batch, call.rows, call.weights, call.advantages
     shot = OneShot(rows, call.head, call.needs)
     sequence = batch.sequence_of(rows)
-    logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
-    all_entropy = torch.zeros(rows.total, device=weights.device)
-    loss = torch.zeros((), device=weights.device)
+    logprobs, entropy = torch.zeros(2, len(rows), dtype=torch.float32, device=weights.device).unbind()
+    all_entropy = torch.zeros(rows.total, dtype=torch.float32, device=weights.device)
+    loss = torch.zeros((), dtype=torch.float32, device=weights.device)
     step = call.head.rows_per_chunk
     runs: list[tuple[int, int, slice | None]]
     if advantages is not None:

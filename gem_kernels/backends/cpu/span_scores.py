@@ -12,8 +12,8 @@ def span_scores(
     starts = answer_start.tolist()
     usable = [True] * len(starts) if valid is None else valid.tolist()
     offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-    score, final, fork = torch.zeros(3, len(starts), dtype=torch.float64).unbind()
-    ok = torch.zeros(len(starts), dtype=torch.bool)
+    score, final, fork = torch.zeros(3, len(starts), dtype=torch.float64, device="cpu").unbind()
+    ok = torch.zeros(len(starts), dtype=torch.bool, device="cpu")
     for i, start in enumerate(starts):
         if offsets is not None:
             values, counted = entropy[offsets[i] : offsets[i + 1]], None
