@@ -125,7 +125,7 @@ def group_advantages(
         r = r - r[0]  # equal members become exact zeros before the mean is taken
         a = r - r.mean()
         if scale == "group":
-            a = a / (r.std() + eps)
+            a = torch.where(a == 0, torch.zeros_like(a), a / (r.std() + eps))
         advantages[members] = a
     return advantages
 
