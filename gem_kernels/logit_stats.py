@@ -177,7 +177,7 @@ def token_stats(
     arguments.check_logits(logits, targets)
     number, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
-    arguments.check_ignore_index(ignore_index)
+    arguments.check_ignore_index(ignore_index, targets)
     arguments.check_flag("inplace_backward", inplace_backward)
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")

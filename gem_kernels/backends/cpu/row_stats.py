@@ -101,7 +101,7 @@ def _rows(logits: Tensor, targets: Tensor, options: RowOptions) -> _Rows:
 
 def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
     """Ignored rows are not read."""
-    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32) for _ in range(4)))
+    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device) for _ in range(4)))
     rows = _rows(logits, targets, options)
     for name, output in outputs._asdict().items():
         setattr(rows, name, output.data_ptr())
@@ -143,7 +143,7 @@ def _chunks(logits: Tensor, targets: Tensor, ignore_index: int) -> Sequence[Tens
     if logits.device.type == "cpu":
         rows = (targets != ignore_index).nonzero()[:, 0]
     else:
-        rows = torch.arange(targets.shape[0], device=logits.device)
+        rows = torch.arange(targets.shape[0], dtype=torch.int64, device=logits.device)
     row_bytes = LIVE_COPIES * 4 * max(1, logits.shape[2])
     share = SHARE_OF_LOGITS * logits.shape[0] * logits.shape[1] * logits.shape[2] * logits.element_size()
     most = min(share, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES_ELSEWHERE))
