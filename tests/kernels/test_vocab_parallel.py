@@ -222,11 +222,10 @@ def process(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks(made_once) -> list[dict]:
     """The results of each of the four processes."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
     build.load()  # compiled once, here, not by four processes
-    run_ranks(WORLD, process, folder)
+    folder = made_once("vocab_parallel", lambda folder: run_ranks(WORLD, process, str(folder)))
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
