@@ -12,7 +12,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .types import EntropyScores, SegaOutput, TokenStats
+from .types import FLOOR, EntropyScores, SegaOutput, TokenStats
+
+
+def masked(logits: Tensor) -> Tensor:
+    """A logit at or below FLOOR is -inf, whatever number masks a word. Its gradient passes."""
+    return torch.where(logits <= FLOOR, logits - torch.inf, logits)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -37,7 +42,7 @@ def token_stats(
     kept = targets != ignore_index
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(targets.shape)
     # Ignored rows are replaced, not multiplied by zero, so what they hold can reach neither value nor gradient.
-    z = torch.where(kept[..., None], capped(logits, softcap), logits.new_zeros(()))
+    z = torch.where(kept[..., None], capped(masked(logits), softcap), logits.new_zeros(()))
     z = z / temperature[..., None]
     top = z.detach().amax(-1, keepdim=True)
     d = z - top

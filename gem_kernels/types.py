@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOOR = -1.0e30
+"""A logit at or below it is a masked word and counts as -inf, in every backend."""
+
 
 @dataclass(frozen=True)
 class TokenStats:
