@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import FEATURES, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
+from .types import FEATURES, FLOOR, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
+
+
+def masked(logits: Tensor) -> Tensor:
+    """A logit at or below FLOOR is -inf, whatever number masks a word. Its gradient passes."""
+    return torch.where(logits <= FLOOR, logits - torch.inf, logits)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -38,7 +43,7 @@ def token_stats(
     kept = targets != ignore_index
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(targets.shape)
     # Ignored rows are replaced, not multiplied by zero, so what they hold can reach neither value nor gradient.
-    z = torch.where(kept[..., None], capped(logits, softcap), logits.new_zeros(()))
+    z = torch.where(kept[..., None], capped(masked(logits), softcap), logits.new_zeros(()))
     z = z / temperature[..., None]
     top = z.detach().amax(-1, keepdim=True)
     d = z - top
