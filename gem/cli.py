@@ -243,7 +243,7 @@ def evaluate_command(
     """
     from gem.config.settings import EvaluationSettings, Sampling, Scoring
     from gem.data.pairs import load_pairs
-    from gem.evaluation.evaluate import evaluate
+    from gem.evaluation.evaluate import CandidateSettings, evaluate
     from gem.evaluation.report import evaluation_metrics, evaluation_table
     from gem.model.forward import pair_logprobs
 
@@ -276,8 +276,9 @@ def evaluate_command(
         EvaluationSettings(
             eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
         ),
-        Sampling(num_generations=num_generations, max_completion_length=max_completion_length),
-        Scoring(),
+        CandidateSettings(
+            Sampling(num_generations=num_generations, max_completion_length=max_completion_length), Scoring()
+        ),
         console=console,
         name=Path(data).name,
         reduction=reduction,
