@@ -19,6 +19,8 @@ from gem.run.guards import Guards, watch
 from gem.run.metrics import step_metrics
 from gem.run.session import RunState, Session, prepare, save
 from gem.run.stages import Stage, planned_stages
+from gem.run.tracking import completion_rows
+from gem.scoring.score import ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> None:
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
             if result.scored is not None and is_due(config.log_completions_steps, state.step):
-                session.tracker.samples(result.scored, session.form.tokenizer, state.step)
+                write_samples(session, stage, state.step, result.scored)
             if stage.is_objective:
                 evaluation = None
                 if state.step < stage.num_steps and is_due(config.eval_steps, state.step):
@@ -106,6 +108,17 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> None:
                 save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
             bar.note(result.note)
             bar.advance()
+
+
+def write_samples(session: Session, stage: Stage, step: int, scored: ScoredRollout) -> None:
+    """The candidates of a step to completions.jsonl and as a table."""
+    if not processes.is_main():
+        return
+    answers = {pair.prompt_ids: pair.answer for pair in session.train_pairs}
+    rows = completion_rows(
+        scored, session.form.tokenizer, answers, stage=stage.name, step=step, top_m=session.config.top_m
+    )
+    session.tracker.samples(rows, scored.rollout.batch.num_generations, step)
 
 
 def run_evaluation(session: Session, state: RunState, name: str) -> Evaluation:

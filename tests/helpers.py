@@ -193,4 +193,18 @@ def assert_close(one, other):
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
         for key, value in ((k, v) for k, v in a.items() if k not in TIES):
-            assert b[key] == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key
+            assert_near(b[key], value, key)
+
+
+def assert_near(found, value, key):
+    """Floats, in lists and dictionaries too, up to rounding; all else the same."""
+    if isinstance(value, dict):
+        assert found.keys() == value.keys(), key
+        for name in value:
+            assert_near(found[name], value[name], f"{key}/{name}")
+    elif isinstance(value, list):
+        assert len(found) == len(value), key
+        for i, part in enumerate(value):
+            assert_near(found[i], part, f"{key}[{i}]")
+    else:
+        assert found == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key
