@@ -14,6 +14,7 @@ from gem.evaluation.evaluate import Evaluation, evaluate
 from gem.evaluation.report import evaluation_metrics, evaluation_table
 from gem.parallel import processes
 from gem.progress import progress
+from gem.report.page import write_report
 from gem.run import checkpoint
 from gem.run.guards import Guards, watch
 from gem.run.metrics import step_metrics
@@ -158,8 +159,24 @@ class Clock:
 
 
 def report(result: TrainResult, console: Console) -> None:
-    """The table of evaluations, where the time went, and where the run is."""
+    """The table of evaluations, where the time went, and where the run and its page are."""
     console.print(evaluation_table(result.evaluations))
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
-    console.print(f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False)
+    console.print(
+        f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False, markup=False, soft_wrap=True
+    )
+    write_page(result.run_dir, console)
+
+
+def write_page(run_dir: Path, console: Console) -> Path | None:
+    """The run as a page, `report.html` in its folder. A page that cannot be made costs a line, never the run."""
+    page = run_dir / "report.html"
+    try:
+        write_report(run_dir, page)
+    except Exception as error:  # whatever it is, the model is saved
+        why = " ".join(str(error).split()) or type(error).__name__
+        console.print(f"Page: not written: {why}", highlight=False, markup=False, soft_wrap=True)
+        return None
+    console.print(f"Page: {page}", highlight=False, markup=False, soft_wrap=True)
+    return page
