@@ -11,15 +11,20 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
-from gem.config.settings import SYSTEM_PROMPT
+from gem.config.settings import TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
+
+# A command that has a setting as a flag has its default too.
+DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
+SPAN = ",".join(DEFAULT.answer_span)
 
 # Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
 app = typer.Typer(
@@ -107,25 +112,25 @@ def score_command(
     best: Annotated[bool, typer.Option("--best", help="Of those, write the one of the highest score.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Each token's entropy and log-prob too.")] = False,
     top: Annotated[int, typer.Option(metavar="K", min=0, help="With --tokens: K likeliest alternatives.")] = 0,
-    max_completion_length: Length = 256,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="Of the sampler.")] = 1.0,
-    fork_weight: Annotated[float, typer.Option(metavar="X", help="S = -H_final + X * H_fork.")] = 1.0,
-    top_m: Annotated[float, typer.Option(metavar="X", help="Share of reasoning tokens in H_fork.")] = 0.1,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    split: Split = "train",
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
+    fork_weight: Annotated[float, typer.Option(metavar="X", help="S = -H_final + X * H_fork.")] = DEFAULT.fork_weight,
+    top_m: Annotated[float, typer.Option(metavar="X", help="Share of reasoning tokens in H_fork.")] = DEFAULT.top_m,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.train_split,
     prompt_column: Annotated[
         str, typer.Option(metavar="NAME", help="Also --completion-, --chosen-, --rejected-, --answer-column.")
-    ] = "prompt",
+    ] = DEFAULT.prompt_column,
     completion_column: Other = "completion",
-    chosen_column: Other = "chosen",
-    rejected_column: Other = "rejected",
-    answer_column: Other = "answer",
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
     skip_bad: SkipBad = False,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
 ) -> None:
     """Score answers: one JSON line for each, which gem report shows.
 
@@ -194,23 +199,27 @@ def evaluate_command(
     data: Source,
     reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
-    beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = 0.1,
+    beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
     generate: Annotated[int, typer.Option(metavar="N", min=0, help="Problems answered greedily.")] = 0,
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts with scored candidates.")] = 0,
-    num_generations: Annotated[int, typer.Option(metavar="N", min=1, help="Candidates of each.")] = 4,
-    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens.")] = 256,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    split: Split = "test",
-    prompt_column: Column = "prompt",
-    chosen_column: Other = "chosen",
-    rejected_column: Other = "rejected",
-    answer_column: Other = "answer",
+    num_generations: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Candidates of each.")
+    ] = DEFAULT.num_generations,
+    max_completion_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens.")
+    ] = DEFAULT.max_completion_length,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.eval_split,
+    prompt_column: Column = DEFAULT.prompt_column,
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
     skip_bad: SkipBad = False,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Preference accuracy on pairs and its calibration; answer accuracy and scores on request.

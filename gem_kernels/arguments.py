@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def not_compiled(function):
     return function
 
 
-def fail(name: str, expected: str, got: Any) -> None:
+def fail(name: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"`{name}` must be {expected}, got {got}")
 
 

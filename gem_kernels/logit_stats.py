@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-> rows [R1, R2, V], a copy only where no view will do, and targets [N] int64."""
     rows = row_view(logits)
     if rows is None:
-        rows = row_view(logits.contiguous())
+        rows = logits.contiguous().view(1, targets.numel(), logits.shape[-1])
     return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 
@@ -49,7 +49,8 @@ def row_stats_op(
     check_values(targets, options, logits.shape[-1])
     out = rows_forward(*_flat_rows(logits, targets), options)
     # Four results of their own: an operator may not return views of one buffer.
-    return tuple(x.reshape(targets.shape).clone() for x in out)
+    logprobs, entropy, row_max, log_sum = (x.reshape(targets.shape).clone() for x in out)
+    return logprobs, entropy, row_max, log_sum
 
 
 @row_stats_op.register_fake
@@ -64,11 +65,14 @@ AFTER_LOGITS = (
 )
 
 
-def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat) -> None:
+def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat: Any) -> None:
     """dL/dlogits to `grad`, which may be `logits`."""
-    *options, row_max, log_sum, entropy, a, b, backend = flat
+    temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend = flat
+    options = RowOptions(temperature, temperatures, softcap, ignore_index, backend)
+    into = row_view(grad)
+    assert into is not None
     vectors = RowGradients(*(x.reshape(-1).contiguous() for x in (entropy, row_max, log_sum, a, b)))
-    rows_backward(row_view(grad), *_flat_rows(logits, targets), RowOptions(*options, backend), vectors)
+    rows_backward(into, *_flat_rows(logits, targets), options, vectors)
 
 
 @torch.library.custom_op(

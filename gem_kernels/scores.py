@@ -97,15 +97,16 @@ def completion_features(
     arguments.check_floating("logprobs", logprobs)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     features, _, ok = _features_and_score(entropy, logprobs, spans, [0.0] * len(FEATURES))
-    return CompletionFeatures(*features.unbind(0), ok)
+    return CompletionFeatures(**dict(zip(FEATURES, features.unbind(0))), valid=ok)
 
 
 @dataclass(frozen=True)
 class Spans:
     """Where the completions and their answers are: arguments of the public functions, as they were given."""
 
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
+    completion_mask: Any
+    """Tensor or None: one of this and `cu_seqlens` is given."""
+    cu_seqlens: Any
     answer_start: Tensor
     top_m: float | int = 0.1
     no_answer: str = "tail"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,29 @@ import torch
 # Read when a kernel is defined, so before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# Files that compare no floating-point numbers. `make test-numerics` runs all others again: the mark `numerical`.
+WITHOUT_NUMBERS = (
+    *(
+        "docs/test_house",
+        "gem/test_arguments",
+        "gem/test_arithmetic",
+        "gem/test_cli",
+        "gem/test_config",
+        "gem/test_data",
+    ),
+    *("gem/test_imports", "kernels/test_imports", "kernels/test_machine_code", "report/test_report_browser"),
+    "report/test_report_records",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).with_suffix("").as_posix() not in WITHOUT_NUMBERS:
+            item.add_marker(pytest.mark.numerical)
 
 
 @pytest.fixture

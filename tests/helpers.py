@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -20,6 +18,7 @@ from gem.data.prompts import text_format
 from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
 from gem.update.optimizer import StepResult, Trainer
+from tests import processes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -100,7 +99,10 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-CPU = Accelerator(cpu=True)
+@functools.cache
+def cpu() -> Accelerator:
+    """Not made on import: a fork makes one of its own, from its own environment."""
+    return Accelerator(cpu=True)
 
 
 TOKENIZER = tiny_tokenizer()
@@ -132,14 +134,14 @@ def rollout_of(num_prompts=4, size=2):
 
 def trainer_of(model, *, learning_rate=1e-3, total_steps=1, **settings):
     settings = OptimizerSettings(**settings)
-    return Trainer(Policy(model), CPU, settings, learning_rate=learning_rate, total_steps=total_steps)
+    return Trainer(Policy(model), cpu(), settings, learning_rate=learning_rate, total_steps=total_steps)
 
 
 class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
     def __init__(self, model, **settings):
-        super().__init__(Policy(model), CPU, OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
+        super().__init__(Policy(model), cpu(), OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
@@ -174,13 +176,7 @@ def settings(folder, name, **more):
 
 def launch(path, *flags, **environment):
     """Two processes of `gem train`; their output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, "-m", "gem", "train", str(path), *flags], env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return processes.run_ranks(2, processes.gem, "train", path, *flags, environment=environment)
 
 
 def rows(run_dir, file="metrics.jsonl"):

@@ -47,6 +47,12 @@ def inner_targets(path: Path, package: str, names: set[str], source: str | None 
     return targets
 
 
+def arrows(package: str) -> dict[str, set[str]]:
+    """Every file of the package -> the files of it that it imports."""
+    present = files(package)
+    return {name: inner_targets(path, package, set(present)) for name, path in present.items()}
+
+
 def stage_of(name: str, stages: list[str]) -> int:
     """The stage of a file: the longest entry that is its name or a folder above it."""
     places = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,8 +61,9 @@ class Completions(NamedTuple):
 
     entropy: Tensor
     logprobs: Tensor | None
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
+    completion_mask: Any
+    """Tensor or None: one of this and `cu_seqlens` is given."""
+    cu_seqlens: Any
     answer_start: Tensor
     valid: Tensor | None
 

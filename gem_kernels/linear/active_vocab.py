@@ -104,20 +104,28 @@ class ActiveProducts:
         self.hidden_signs = _signs(D, generator).to(device)
         self.rows = self.kept = 0
         self.hidden_error = torch.zeros((), device=device)
-        self.weight_error = torch.zeros(PROBES, V, device=device) if self.needs_weight else None
+        self.weight_error: Any = torch.zeros(PROBES, V, device=device) if self.needs_weight else None
         self.pending: list[tuple[Tensor, Tensor]] = []
         """Factors of dWeight's tail, not added yet: adding them costs a pass over all of dWeight."""
         self.most_pending = max(1, workspace_bytes // (16 * RANK * V))
 
-    def backward(self, gradient, hidden, grad_hidden, grad_weight, targets, weights) -> bool:
+    def backward(
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        grad_hidden: Any,
+        grad_weight: Any,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> bool:
         """As `Products.backward`. False where the chunk is better done whole; then nothing is written."""
         n, V = gradient.shape
         index = active_columns(gradient, targets, weights, self.threshold) if self.threshold > 0 else None
-        whole = index is None or len(index) > DENSE_SHARE * V
         self.rows += n
-        self.kept += n * (V if whole else len(index))
-        if whole:
+        if index is None or len(index) > DENSE_SHARE * V:
+            self.kept += n * V
             return False
+        self.kept += n * len(index)
         hidden = hidden if hidden.is_cuda else hidden.float()
         total = torch.zeros(hidden.shape, device=hidden.device) if self.needs_hidden else None
         self._active(gradient, hidden, index, total, grad_weight)
@@ -126,7 +134,7 @@ class ActiveProducts:
             grad_hidden.copy_(total)
         return True
 
-    def _active(self, gradient, hidden, index, total, grad_weight) -> None:
+    def _active(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         n, D = hidden.shape
         for part in index.split(max(1, self.workspace_bytes // (8 * max(n, D)))):
             columns = gradient.index_select(1, part)
@@ -135,7 +143,7 @@ class ActiveProducts:
             if self.needs_weight:
                 grad_weight.index_add_(0, part, _mm(columns.t(), hidden))
 
-    def _tail(self, gradient, hidden, index, total, grad_weight) -> None:
+    def _tail(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         if self.directions is not None:
             self.sketch = self._to_words(self.directions.t(), self.weight.t())
             self.sketch[0], self.directions = 1.0, None
@@ -160,13 +168,13 @@ class ActiveProducts:
             if len(self.pending) == self.most_pending:
                 self.add_pending(grad_weight)
 
-    def add_pending(self, grad_weight: Tensor) -> None:
+    def add_pending(self, grad_weight: Any) -> None:
         if self.pending:
             left, right = zip(*self.pending)
             grad_weight.addmm_(torch.cat(left).t(), torch.cat(right))
             self.pending.clear()
 
-    def report(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> Report:
+    def report(self, grad_hidden: Any, grad_weight: Any) -> Report:
         """Of the finished gradients, before anything scales them."""
         share = torch.tensor(self.kept / max(1, self.rows * self.weight.shape[0]), device=self.weight.device)
         of_hidden = of_weight = None

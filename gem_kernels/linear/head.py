@@ -129,6 +129,7 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
         dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
         facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, given.ignore_index)
         shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
+        assert shards is not None
         head, V = replace(head, shards=shards), shards.starts[-1]
         scaled = replace(scaled, ignore_index=vocab_parallel.IGNORED)
     elif parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:

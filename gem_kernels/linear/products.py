@@ -7,6 +7,9 @@ row kernels work on it in place. With G = 2 N D V flop: statistics 1 G; their ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,15 +44,16 @@ class Products:
         self.gradient_workspace = self.workspace
         if any(needs) and head.gradient_dtype != head.logits_dtype:
             self.gradient_workspace = torch.empty(n_rows, self.V, dtype=head.gradient_dtype, device=device)
-        self.grad_weight = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
-        self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
+        # Tensors where they are needed, else None.
+        self.grad_weight: Any = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
+        self.grad_bias: Any = torch.zeros(self.V, device=device) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
         self.active = None
         if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
             self.active = ActiveProducts(head.weight, n_rows, head.active_vocab, needs[:2], head.workspace_bytes)
 
-    def _slices(self):
+    def _slices(self) -> Iterator[tuple[int, int]]:
         return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class Products:
         """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
         return self.gradient_workspace[:rows]
 
-    def backward(self, gradient: Tensor, chunk: Chunk, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
+    def backward(self, gradient: Tensor, chunk: Chunk, grad_hidden: Any, a: Tensor, b: Tensor) -> None:
         """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D].
 
         a = dL/dlogprob, b = dL/dentropy.
@@ -133,7 +137,8 @@ class Products:
         if self.active is not None:
             self.active.add_pending(self.grad_weight)
         dtype = self.head.weight.dtype
-        return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
+        weight, bias = (None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
+        return weight, bias
 
 
 def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:

@@ -193,9 +193,9 @@ def meet(parallel: VocabParallel, facts: tuple[int, ...] | None, targets: Any, i
         size, tokens, *rest = facts
         mine = torch.tensor([1, size, tokens, 0, *rest], dtype=torch.int64, device=device)
         mine[3] = targets.sum()
-    everyone = mine.new_empty(count, mine.shape[0])
-    _gather(everyone, mine, process_group)
-    everyone = everyone.tolist()
+    gathered = mine.new_empty(count, mine.shape[0])
+    _gather(gathered, mine, process_group)
+    everyone = gathered.tolist()
     if facts is None:
         return None
     for r, (fine, *theirs) in enumerate(everyone):

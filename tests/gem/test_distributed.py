@@ -13,6 +13,7 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
 from gem.train import train
 from tests.helpers import LORA, assert_close, launch, rows, save_tiny, settings
+from tests.processes import torchrun
 
 CASES = {
     "full": ({}, {}),
@@ -39,7 +40,10 @@ def test_two_processes_are_one(folder, case):
     alone = train(build_config(settings(folder, f"{name}-1", **more)), Console(file=io.StringIO()))
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings(folder, f"{name}-2", **more)))
-    output = launch(path, **environment)
+    if case == "fsdp2 lora":  # the launcher itself, once
+        output = torchrun(2, "-m", "gem", "train", path, environment=environment)
+    else:
+        output = launch(path, **environment)
     together = folder / f"{name}-2"
     assert output.count("Loading") == 1  # one process speaks
     assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.run_dir.iterdir())

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from gem.config.settings import DpoUpdate, Lora, Scoring, SegaUpdate
 from gem.data.batches import TokenizedPair
@@ -18,8 +17,6 @@ from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP
 from gem.update.sega import clip_range, clipped_loss, k3, mean_kl, sega_step
 from tests.helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
-
-CPU = Accelerator(cpu=True)
 
 
 def tokens_of(batch, row):

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from gem.run.tracking import JsonLines, Tracker, check_report_to, completion_tab
 from gem.train import train
 from gem.update.optimizer import Trainer
 from tests.helpers import save_tiny
+from tests.processes import Fork, run_script
 
 RUN = {
     "num_generations": 2, "max_completion_length": 6, "max_steps": 4, "prompts_per_step": 2, "micro_batch_size": 2,
@@ -123,10 +121,10 @@ def gem_process(folder, end, name, service, *flags):
     paths = {"model": folder / "model", "train_file": folder / "pairs.jsonl", "output_dir": folder / name}
     more = {"report_to": [service], "save_steps": 2, "eval_steps": 2}
     path.write_text(yaml.safe_dump({**RUN, **more, **{key: str(path) for key, path in paths.items()}}))
-    env = {**os.environ, "TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, end, "train", str(path), *flags]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
-    return done.returncode, done.stdout
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline"}
+    fork = Fork(run_script, folder / "script.py", end, "train", path, *flags, environment=environment).wait()
+    return fork.returncode, fork.output
 
 
 def read_tensorboard(run_dir):

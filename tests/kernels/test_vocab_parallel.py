@@ -1,8 +1,8 @@
 """A vocabulary cut among 1, 2 and 4 gloo processes gives the numbers of the whole head in one process.
 
-One spawn of four processes runs every case on groups of 1, 2 and 4 ranks and leaves the results in files; the tests
-read them. fp32 results must be those of the whole head up to the order of sums. bf16 results may err, against fp32 on
-the same numbers, twice what the whole head errs in bf16, plus rounding.
+Four processes run every case on groups of 1, 2 and 4 ranks and leave the results in files; the tests read them. fp32
+results must be those of the whole head up to the order of sums. bf16 results may err, against fp32 on the same numbers,
+twice what the whole head errs in bf16, plus rounding.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import gem_kernels as gk
 from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
+from tests.kernels.helpers import assert_near
+from tests.processes import run_ranks
 
 WORLD = 4
 KINDS = ("stats", "score", "policy", "sega_one_shot", "sega_two_phase")
@@ -191,9 +192,9 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     return found
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def process(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     groups = {WORLD: dist.group.WORLD}
     for k in (1, 2):
         of = [dist.new_group(list(range(r, r + k))) for r in range(0, WORLD, k)]
@@ -225,7 +226,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     """The results of each of the four processes."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     build.load()  # compiled once, here, not by four processes
-    mp.spawn(process, (folder,), nprocs=WORLD)
+    run_ranks(WORLD, process, folder)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -385,7 +386,7 @@ def check_no_target(forward, backward):
     stats = RowGradients(*with_target[1:], a, b)
     one_hot = torch.zeros(n, words).scatter_(1, targets[:, None], a[:, None])
     expected = backward(logits, targets, stats) - one_hot
-    torch.testing.assert_close(backward(logits, nowhere, stats), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_near(backward(logits, nowhere, stats), expected)
     for outside in (-1, words):
         wrong = torch.full((n,), outside)
         assert all(forward(logits, wrong)[i].isnan().all() for i in (0, 1, 3))

@@ -24,6 +24,7 @@ NO_TARGET, one that is elsewhere, gives a log-prob of NaN and a gradient without
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
     rows = _rows(logits, targets, options)
     for name, output in outputs._asdict().items():
         setattr(rows, name, output.data_ptr())
-    _run(build.load().gem_row_stats_forward, rows)
+    _run("gem_row_stats_forward", rows)
     return outputs
 
 
@@ -118,11 +119,11 @@ def backward(grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowO
     for name, vector in vectors._asdict().items():
         setattr(rows, name, vector.data_ptr())
     rows.grad_logits, rows.g1, rows.g2 = grad_logits.data_ptr(), grad_logits.stride(0), grad_logits.stride(1)
-    _run(build.load().gem_row_stats_backward, rows)
+    _run("gem_row_stats_backward", rows)
 
 
-def _run(function, rows: _Rows) -> None:
-    run_on_threads(function, rows, min(rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD))
+def _run(name: str, rows: _Rows) -> None:
+    run_on_threads(getattr(build.load(), name), rows, min(rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD))
 
 
 # Plain torch.
@@ -137,7 +138,7 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 LOWEST = -200.0
 
 
-def _chunks(logits: Tensor, targets: Tensor, ignore_index: int):
+def _chunks(logits: Tensor, targets: Tensor, ignore_index: int) -> Sequence[Tensor]:
     """Row numbers, a chunk at a time. On the CPU the ignored rows are left out; elsewhere that would synchronise."""
     if logits.device.type == "cpu":
         rows = (targets != ignore_index).nonzero()[:, 0]

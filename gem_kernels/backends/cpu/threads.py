@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ def _executor() -> ThreadPoolExecutor:
     return _pool
 
 
-def run_on_threads(function, arguments: ctypes.Structure, most: int) -> None:
+def run_on_threads(function: Callable[[int], Any], arguments: ctypes.Structure, most: int) -> None:
     """Calls `function` on torch.get_num_threads() threads, at most `most`, this one included.
 
     They share the counter that the field `next` of `arguments` points to.
