@@ -163,15 +163,15 @@ def generate_command(
     best: Annotated[bool, typer.Option("--best", help="Print the one of the highest score alone.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Each token's entropy and log-prob too.")] = False,
     top: Annotated[int, typer.Option(metavar="K", min=0, help="With --tokens, in --out: K alternatives.")] = 0,
-    max_completion_length: Length = 256,
+    max_completion_length: Length = DEFAULT.max_completion_length,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", min=0.0, help="Of the sampler; none: 0 for one candidate, else 1.")
     ] = None,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    seed: int = 0,
-    device: Device = "auto",
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
 ) -> None:
     """Answer one prompt, in the model's chat format; of several candidates the best one by its score, with --best.
 
