@@ -1,4 +1,4 @@
-"""The command line: gem train | score | generate | evaluate | report | config | data | demo.
+"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
 
 A user's mistake exits with 2.
 """
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
-from gem.config.settings import TrainConfig
+from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 
@@ -102,6 +102,67 @@ def train_command(
         shut_down()
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="As DATA of gem evaluate.")],
+    out: Annotated[Path, typer.Option(help="A new file; its page beside it.")] = Path("score.json"),
+    features: Annotated[str, typer.Option(help="Of the score, commas between.")] = ",".join(SCORE_FEATURES),
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
+    eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
+    max_completion_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of one.")
+    ] = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
+    fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = DEFAULT.fork_weight,
+    top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = DEFAULT.top_m,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.train_split,
+    prompt_column: Column = DEFAULT.prompt_column,
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
+    skip_bad: SkipBad = False,
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Fit a score to the given pairs, test it, and say whether to trust it.
+
+    Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
+    """
+    from gem.calibration.command import CalibrateRequest, calibrate_file
+    from gem.calibration.score_file import write_score
+    from gem.calibration.table import score_report
+    from gem.config.settings import Sampling, Scoring
+    from gem.report.page import write_report
+
+    if not 0 < top_m <= 1:
+        raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
+    _check_out(out)
+    if out.suffix == ".html":
+        raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
+    names = tuple(name.strip() for name in features.split(",") if name.strip())
+    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
+    console = Console(stderr=True)
+    source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
+    sampling = Sampling(
+        num_generations=max(1, sample), max_completion_length=max_completion_length, temperature=temperature
+    )
+    request = CalibrateRequest(
+        model=model, pairs=pairs, split=split, eval_file=eval_file, features=names, sample=sample, rows=settings,
+        sampling=sampling, scoring=Scoring(fork_weight=fork_weight, top_m=top_m), batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    score = calibrate_file(request, form, context, lambda: _load(source, form, device), console)
+    write_score(score, out)
+    page = write_report(out, out.with_suffix(".html"))
+    for name, path in (("Score", out), ("Page", page)):
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(score_report(score), highlight=False)
+
+
 @app.command("score")
 def score_command(
     model: Model,
@@ -163,15 +224,15 @@ def generate_command(
     best: Annotated[bool, typer.Option("--best", help="Print the one of the highest score alone.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Each token's entropy and log-prob too.")] = False,
     top: Annotated[int, typer.Option(metavar="K", min=0, help="With --tokens, in --out: K alternatives.")] = 0,
-    max_completion_length: Length = 256,
+    max_completion_length: Length = DEFAULT.max_completion_length,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", min=0.0, help="Of the sampler; none: 0 for one candidate, else 1.")
     ] = None,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
     system_prompt: System = DEFAULT.system_prompt,
-    seed: int = 0,
-    device: Device = "auto",
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
 ) -> None:
     """Answer one prompt, in the model's chat format; of several candidates the best one by its score, with --best.
 
@@ -228,7 +289,7 @@ def evaluate_command(
     """
     from gem.config.settings import EvaluationSettings, Sampling, Scoring
     from gem.data.pairs import load_pairs
-    from gem.evaluation.evaluate import evaluate
+    from gem.evaluation.evaluate import CandidateSettings, evaluate
     from gem.evaluation.report import evaluation_metrics, evaluation_table
     from gem.model.forward import pair_logprobs
 
@@ -261,8 +322,9 @@ def evaluate_command(
         EvaluationSettings(
             eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
         ),
-        Sampling(num_generations=num_generations, max_completion_length=max_completion_length),
-        Scoring(),
+        CandidateSettings(
+            Sampling(num_generations=num_generations, max_completion_length=max_completion_length), Scoring()
+        ),
         console=console,
         name=Path(data).name,
         reduction=reduction,

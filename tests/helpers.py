@@ -197,7 +197,10 @@ def assert_close(one, other, tolerance=1e-3):
         assert a.keys() == b.keys()
         for key, value in ((k, v) for k, v in a.items() if k not in TIES):
             size = sizes.get((a.get("stage"), key))
-            assert b[key] == (value if size is None else pytest.approx(value, rel=0, abs=tolerance * size)), key
+            if size is None:
+                assert_near(b[key], value, key)
+            else:
+                assert b[key] == pytest.approx(value, rel=0, abs=tolerance * size), key
 
 
 def assert_same_weights(one, two, rate=RUN["learning_rate"]):
@@ -207,3 +210,17 @@ def assert_same_weights(one, two, rate=RUN["learning_rate"]):
     for key, difference in apart.items():
         assert difference.square().mean().sqrt() < 0.3 * rate, key
     assert torch.cat([difference.flatten() for difference in apart.values()]).square().mean().sqrt() < 0.02 * rate
+
+
+def assert_near(found, value, key):
+    """Floats, in lists and dictionaries too, up to rounding; all else the same."""
+    if isinstance(value, dict):
+        assert found.keys() == value.keys(), key
+        for name in value:
+            assert_near(found[name], value[name], f"{key}/{name}")
+    elif isinstance(value, list):
+        assert len(found) == len(value), key
+        for i, part in enumerate(value):
+            assert_near(found[i], part, f"{key}[{i}]")
+    else:
+        assert found == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key

@@ -10,11 +10,11 @@ from rich.console import Console
 from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.evaluation import evaluate as evaluation
-from gem.evaluation.evaluate import evaluate, reward_differences, sampled_answers
-from gem.evaluation.statistics import wilson_interval
+from gem.evaluation.evaluate import CandidateSettings, evaluate, reward_differences, sampled_answers
 from gem.model.forward import Policy, pair_logprobs
 from gem.rollout.sample import given_completions
 from gem.scoring.score import rank_candidates
+from gem.statistics import wilson_interval
 from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -43,8 +43,7 @@ def run(pairs, *, reduction="sum", reference=None, **more):
         FORM,
         pairs,
         EvaluationSettings(**{"eval_generate": 8, "eval_sample": 2, "eval_batch_size": 4, **more}),
-        Sampling(num_generations=3, max_completion_length=8),
-        Scoring(),
+        CandidateSettings(Sampling(num_generations=3, max_completion_length=8), Scoring()),
         console=Console(file=io.StringIO()),
         name="test",
         reduction=reduction,
