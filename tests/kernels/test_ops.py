@@ -102,7 +102,7 @@ def run(function, logits, *rest):
     return value.detach(), score, z.grad
 
 
-# What inductor writes for a CPU without vector instructions does not compile (torch 2.13: at::vec has not been declared).
+# What inductor writes for a CPU without vector instructions does not compile (torch 2.13: at::vec is not declared).
 INDUCTOR = pytest.param(
     loss, "inductor", marks=pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="inductor")
 )
