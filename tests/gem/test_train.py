@@ -16,8 +16,8 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.evaluation.report import evaluation_table
 from gem.files import write_jsonl
+from gem.loop import TrainResult, train
 from gem.run.checkpoint import save_model
-from gem.train import TrainResult, train
 from tests.helpers import save_tiny, tiny_model
 
 TINY_RUN = {
