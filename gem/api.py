@@ -67,7 +67,7 @@ def train(
         settings: any setting of `gem config`: preset="safe", max_steps=20, ...
 
     Returns:
-        TrainResult: run_dir, model_dir, evaluations by stage, seconds by phase. The page is run_dir / "report.html".
+        TrainResult: run_dir, model_dir, evaluations by stage, seconds by phase, and the run's page.
 
     Raises:
         UserError: a setting, a row or a path that cannot be used; nothing is left behind.
@@ -100,16 +100,12 @@ def train(
             made += [path for path, text in texts.items() if _write_beside(path, text)]
             if opened is not None and _save_beside(beside["start"], opened, resume):
                 made.append(beside["start"])
-            console = Console(quiet=not verbose)
-            result = loop.train(config, console, resume=resume)
+            return loop.train(config, Console(quiet=not verbose), resume=resume)
         except BaseException:
             if not root.exists():  # no run has begun that would need them
                 for path in made:
                     remove_directory(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise
-        if processes.is_main():
-            loop.write_page(result.run_dir, console)
-    return result
 
 
 def score(

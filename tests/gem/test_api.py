@@ -123,7 +123,7 @@ def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_s
     assert all(module.training for module in objects[0].modules())
     assert [json.loads(line) for line in (tmp_path / "two.pairs.jsonl").read_text().splitlines()] == PAIRS
     for result in (one, two):
-        assert "<html" in (result.run_dir / "report.html").read_text()
+        assert result.page == result.run_dir / "report.html" and "<html" in result.page.read_text()
         assert read_completions(result.run_dir / "completions.jsonl")[0].tokens is not None
 
 

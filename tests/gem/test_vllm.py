@@ -307,7 +307,7 @@ def test_a_run_samples_from_a_server(folder, stand_in):
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(first[name], start[name]) and not torch.equal(second[name], first[name])
     assert sorted(path.name for path in run.run_dir.iterdir()) == [
-        "completions.jsonl", "config.yaml", "metrics.jsonl", "model",
+        "completions.jsonl", "config.yaml", "metrics.jsonl", "model", "report.html",
     ]  # fmt: skip
 
 
