@@ -90,8 +90,8 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
+    from gem.loop import report, train
     from gem.parallel.processes import is_main, shut_down
-    from gem.train import report, train
 
     console = Console()
     try:
@@ -287,49 +287,23 @@ def evaluate_command(
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
-    from gem.config.settings import EvaluationSettings, Sampling, Scoring
-    from gem.data.pairs import load_pairs
-    from gem.evaluation.evaluate import CandidateSettings, evaluate
+    from gem.config.use import EvaluateSettings
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.model.forward import pair_logprobs
+    from gem.use.evaluate import evaluate_data
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
-    if reduction == "relative" and reference is None:
-        raise UserError("--reduction relative: name the model to compare with by --reference")
     if not beta > 0:
         raise UserError(f"--beta: expected more than 0, got {beta}")
-    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
-    console = Console(stderr=True)
-    text = _text_settings(system_prompt, answer_span, answer_marker)
-    source, form, context = _open(model, text, console)
-    room = max_completion_length if generate or sample else 0
-    pairs, report = load_pairs(data, form, context, settings, split, room=room)
-    _show(report, console)
-    start = None
-    if reference is not None:
-        other, other_form, _ = _open(reference, text, console)
-        if other_form.tokenizer.get_vocab() != form.tokenizer.get_vocab():
-            raise UserError(
-                f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from"
-            )
-        start = pair_logprobs(_load(other, form, device)[0], pairs, pad_id=form.pad_id, batch_size=batch_size)
-    policy, form = _load(source, form, device)
-    result = evaluate(
-        policy,
-        form,
-        pairs,
-        EvaluationSettings(
-            eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
-        ),
-        CandidateSettings(
-            Sampling(num_generations=num_generations, max_completion_length=max_completion_length), Scoring()
-        ),
-        console=console,
-        name=Path(data).name,
-        reduction=reduction,
-        reference=start,
-    )
+    bad = "skip" if skip_bad else "error"
+    settings = EvaluateSettings(
+        preference_reduction=reduction, dpo_beta=beta, eval_generate=generate, eval_sample=sample,
+        num_generations=num_generations, max_completion_length=max_completion_length, answer_span=answer_span,
+        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
+        chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
+        overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    result = evaluate_data(model, data, settings, reference, Console(stderr=True))
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
     else:

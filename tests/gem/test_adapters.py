@@ -15,6 +15,7 @@ from gem.config.settings import Lora
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.model.load import (
     find_attention,
     find_model,
@@ -26,7 +27,6 @@ from gem.model.load import (
 )
 from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
 from gem.run import checkpoint
-from gem.train import train
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from tests.kernels.helpers import assert_near
 

@@ -14,10 +14,10 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.report.records import read_completions
 from gem.run import guards
 from gem.run.tracking import JsonLines, Tracker, check_report_to, completion_table
-from gem.train import train
 from gem.update.optimizer import Trainer
 from tests.helpers import save_tiny
 from tests.processes import Fork, run_script

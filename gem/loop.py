@@ -32,6 +32,7 @@ class TrainResult:
     model_dir: Path
     evaluations: dict[str, Evaluation]  # by stage: "start", then those that were run ("SFT", "SEGA", ...)
     seconds: dict[str, float]  # wall time of each phase
+    page: Path | None = None  # the run to look at; None: it could not be written, or another process writes it
 
 
 def train(config: TrainConfig, console: Console | None = None, *, resume: bool = False) -> TrainResult:
@@ -51,7 +52,8 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
         raise
     session.tracker.close()
     processes.wait_for_all()
-    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds)
+    page = write_page(session.run_dir, console) if processes.is_main() else None
+    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, page)
 
 
 def run_stages(session: Session, state: RunState, clock: Clock) -> Path:
@@ -191,7 +193,8 @@ def report(result: TrainResult, console: Console) -> None:
     console.print(
         f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False, markup=False, soft_wrap=True
     )
-    write_page(result.run_dir, console)
+    if result.page is not None:
+        console.print(f"Page: {result.page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_page(run_dir: Path, console: Console) -> Path | None:
@@ -203,5 +206,4 @@ def write_page(run_dir: Path, console: Console) -> Path | None:
         why = " ".join(str(error).split()) or type(error).__name__
         console.print(f"Page: not written: {why}", highlight=False, markup=False, soft_wrap=True)
         return None
-    console.print(f"Page: {page}", highlight=False, markup=False, soft_wrap=True)
     return page
