@@ -1,11 +1,10 @@
-"""The command line: gem train | score | generate | evaluate | report | config | data | demo.
+"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
 
 A user's mistake exits with 2.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
-from gem.config.settings import TrainConfig
+from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 
@@ -100,6 +99,65 @@ def train_command(
             report(result, console)
     finally:
         shut_down()
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="As DATA of gem evaluate.")],
+    out: Annotated[Path, typer.Option(help="A new file; its page beside it.")] = Path("score.json"),
+    features: Annotated[str, typer.Option(help="Of the score, commas between.")] = ",".join(SCORE_FEATURES),
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
+    eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
+    max_completion_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of one.")
+    ] = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
+    fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = DEFAULT.fork_weight,
+    top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = DEFAULT.top_m,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.train_split,
+    prompt_column: Column = DEFAULT.prompt_column,
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
+    skip_bad: SkipBad = False,
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Fit a score to the given pairs, test it, and say whether to trust it.
+
+    Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
+    """
+    from gem.calibration.score_file import write_score
+    from gem.calibration.table import score_report
+    from gem.config.use import CalibrateSettings
+    from gem.report.page import write_report
+    from gem.use.calibrate import calibrate_data
+
+    if not 0 < top_m <= 1:
+        raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
+    _check_out(out)
+    if out.suffix == ".html":
+        raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
+    bad = "skip" if skip_bad else "error"
+    settings = CalibrateSettings(
+        num_generations=sample, score_features=tuple(filter(None, map(str.strip, features.split(",")))),
+        max_completion_length=max_completion_length, temperature=temperature, fork_weight=fork_weight, top_m=top_m,
+        answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, split=split,
+        prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,
+        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    score = calibrate_data(model, pairs, settings, eval_file, console)
+    write_score(score, out)
+    page = write_report(out, out.with_suffix(".html"))
+    for name, path in (("Score", out), ("Page", page)):
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(score_report(score), highlight=False)
 
 
 @app.command("score")
@@ -313,49 +371,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("gem: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _row_settings(prompt: str, chosen: str, rejected: str, answer: str, skip_bad: bool):
-    """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
-    from gem.config.settings import RowSettings
-
-    bad = "skip" if skip_bad else "error"
-    return RowSettings(
-        prompt_column=prompt, chosen_column=chosen, rejected_column=rejected, answer_column=answer,
-        bad_rows=bad, duplicate_rows="keep", overlong_rows=bad,
-    )  # fmt: skip
-
-
-def _text_settings(system_prompt: str, answer_span: str, answer_marker: str):
-    from gem.config.settings import TextSettings
-
-    return TextSettings(system_prompt=system_prompt, answer_span=answer_span, answer_marker=answer_marker)
-
-
-def _open(model: str, text, console: Console):
-    """(source, text format, context length) of a model, without its weights."""
-    from gem.data.prompts import text_format
-    from gem.model import load
-
-    source = load.find_model(model)
-    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form = text_format(load.load_tokenizer(source), text)
-    return source, form, load.context_length(load.load_model_config(source))
-
-
-def _load(source, form, device: str):
-    """(policy in fp32, its text format)."""
-    from gem.model import load
-    from gem.model.forward import Policy
-
-    model = load.load_model(source, load.load_model_config(source), "float32", device)
-    ends = load.end_token_ids(model, form.tokenizer, form.end_of_turn)
-    return Policy(model), dataclasses.replace(form, end_tokens=ends)
-
-
-def _show(report, console: Console) -> None:
-    if str(report):
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_out(out: Path | None) -> None:

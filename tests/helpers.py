@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from pathlib import Path
@@ -184,12 +185,31 @@ def rows(run_dir, file="metrics.jsonl"):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
 
 
-def assert_close(one, other):
+def assert_close(one, other, tolerance=1e-3):
+    """Rows of metrics: no number is further off than `tolerance` times the largest of its name and stage."""
     assert len(one) == len(other)
+    sizes = collections.defaultdict(float)
+    for row in one:
+        for key, value in row.items():
+            if isinstance(value, float):
+                sizes[row.get("stage"), key] = max(sizes[row.get("stage"), key], abs(value))
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
         for key, value in ((k, v) for k, v in a.items() if k not in TIES):
-            assert_near(b[key], value, key)
+            size = sizes.get((a.get("stage"), key))
+            if size is None:
+                assert_near(b[key], value, key)
+            else:
+                assert b[key] == pytest.approx(value, rel=0, abs=tolerance * size), key
+
+
+def assert_same_weights(one, two, rate=RUN["learning_rate"]):
+    """Two trained models, in steps of AdamW: where a gradient is near 0, rounding decides its sign, and the step's."""
+    assert one.keys() == two.keys()
+    apart = {key: (one[key] - two[key]).float() for key in one}
+    for key, difference in apart.items():
+        assert difference.square().mean().sqrt() < 0.3 * rate, key
+    assert torch.cat([difference.flatten() for difference in apart.values()]).square().mean().sqrt() < 0.02 * rate
 
 
 def assert_near(found, value, key):

@@ -153,7 +153,7 @@ def read_metrics(path: Path, last_step: int) -> list[tuple[dict[str, Any], int]]
     found, step = [], last_step
     for row in reversed(rows):
         found.append((row, step))
-        step -= row["stage"] not in ("eval", "guard")  # every other row is a step's
+        step -= row["stage"] not in ("eval", "guard", "calibration")  # every other row is a step's
     return found[::-1]
 
 

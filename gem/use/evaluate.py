@@ -10,7 +10,7 @@ from gem.config.use import EvaluateSettings
 from gem.data.pairs import load_pairs
 from gem.data.sources import Source
 from gem.errors import UserError
-from gem.evaluation.evaluate import Evaluation, evaluate
+from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.model.forward import pair_logprobs
 from gem.model.opened import ModelLike, open_model
 from gem.use.scorer import warn
@@ -43,8 +43,7 @@ def evaluate_data(
         form,
         found,
         settings,
-        settings,
-        settings,
+        CandidateSettings(settings, settings),
         console=console,
         name=Path(str(pairs)).name,
         reference=start,

@@ -222,11 +222,10 @@ def process(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks(made_once) -> list[dict]:
     """The results of each of the four processes."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
     build.load()  # compiled once, here, not by four processes
-    run_ranks(WORLD, process, folder)
+    folder = made_once("vocab_parallel", lambda folder: run_ranks(WORLD, process, str(folder)))
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -370,18 +369,21 @@ def test_arguments_without_a_group():
 def check_no_target(forward, backward):
     """forward(logits, targets), backward(logits, targets, RowGradients) -> gradient."""
     generator = torch.Generator().manual_seed(2)
-    n, words = 5, 301
+    n, words = 6, 301
     logits = 3 * torch.randn(1, n, words, generator=generator)
     logits[0, 2] = -torch.inf
     logits[0, 3, 7] = torch.nan
     logits[0, 4, ::2] = -torch.inf
-    targets = torch.tensor([3, 300, 3, 3, 1])
-    nowhere = torch.tensor([NO_TARGET, NO_TARGET, NO_TARGET, NO_TARGET, NO_TARGET])
+    logits[0, 5] = torch.finfo(torch.float32).min
+    logits[0, 5, 7] = torch.nan
+    targets = torch.tensor([3, 300, 3, 3, 1, 2])
+    nowhere = torch.full((n,), NO_TARGET)
     with_target, without = forward(logits, targets), forward(logits, nowhere)
     assert without[0].isnan().all()
     for x, y in zip(with_target[1:], without[1:]):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-    assert without[2][2] <= -1e30 and not (without[2][3] <= -1e30)  # all -inf, and poisoned, are told apart
+    # All masked, and poisoned, are told apart.
+    assert without[2][2] <= -1e30 and not (without[2][3] <= -1e30) and not (without[2][5] <= -1e30)
     a, b = torch.randn(2, n, generator=generator).unbind()
     stats = RowGradients(*with_target[1:], a, b)
     one_hot = torch.zeros(n, words).scatter_(1, targets[:, None], a[:, None])
