@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gem.api import evaluate, generate, score, train
+    from gem.api import calibrate, evaluate, generate, score, train
     from gem.errors import UserError
 
-__all__ = ["UserError", "evaluate", "generate", "score", "train"]
+__all__ = ["UserError", "calibrate", "evaluate", "generate", "score", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The method from Python: `gem.train`, `gem.score`, `gem.generate`, `gem.evaluate`.
+"""The method from Python: `gem.train`, `gem.score`, `gem.generate`, `gem.evaluate`, `gem.calibrate`.
 
 Each does what the command of its name does, with the same checks: what is wrong is one `gem.UserError`. A model is a
 name (a directory, a GGUF file, a hub id) or (model, tokenizer) of transformers; rows are a list of dictionaries, a
@@ -22,7 +22,7 @@ from gem import loop
 from gem.calibration.score_file import Score
 from gem.config.read import build_config
 from gem.config.settings import RowSettings, TextSettings
-from gem.config.use import EvaluateSettings, GenerateSettings, ScoreSettings
+from gem.config.use import CalibrateSettings, EvaluateSettings, GenerateSettings, ScoreSettings
 from gem.data.pairs import answers_from_row
 from gem.data.sources import GivenRows, Row, Source
 from gem.errors import UserError
@@ -35,6 +35,7 @@ from gem.parallel import processes
 from gem.run.checkpoint import check_run_directory
 from gem.use import evaluate as evaluating
 from gem.use import generate as generating
+from gem.use.calibrate import calibrate_data
 from gem.use.score import score_data
 
 # A path, the id of a dataset, or the rows themselves.
@@ -203,6 +204,41 @@ def evaluate(
     checked = EvaluateSettings(**settings)
     with _as_it_was(model, reference):
         return evaluating.evaluate_data(model, _given(pairs, "pairs"), checked, reference, _console(verbose))
+
+
+def calibrate(
+    model: ModelLike,
+    pairs: RowsLike,
+    *,
+    held_out: RowsLike | None = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> Score:
+    """`gem calibrate`: a score fitted to pairs, tested, with a verdict on whether to trust it (docs/calibration.md).
+
+    Args:
+        model: a name, or (model, tokenizer).
+        pairs: rows with "prompt", "chosen", "rejected" and, where it is known, "answer".
+        held_out: rows of other prompts with known answers, on whose samples the score is tested.
+        verbose: as of `gem.score`.
+        settings: of `gem.config.use.CalibrateSettings`: score_features, num_generations (0: no samples), temperature,
+            max_completion_length, seed, ...
+
+    Returns:
+        Score: for `gem.score(score=...)`; `gem.calibration.score_file.write_score` writes it as a score.json.
+
+    Raises:
+        UserError: a setting, a row or a model that cannot be used.
+
+    Example:
+        score = gem.calibrate("runs/sft/model", pairs)
+        print(score.verdict.words)
+        rows = gem.score("runs/sft/model", problems, num_generations=8, best=True, score=score)
+    """
+    checked = CalibrateSettings(**settings)
+    others = None if held_out is None else _given(held_out, "held_out")
+    with _as_it_was(model):
+        return calibrate_data(model, _given(pairs, "pairs"), checked, others, _console(verbose))
 
 
 @contextmanager

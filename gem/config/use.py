@@ -8,7 +8,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from gem.config.section import setting
-from gem.config.settings import EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
+from gem.config.settings import SCORE_FEATURES, EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
 from gem.errors import UserError
 
 
@@ -65,3 +65,15 @@ class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, RowS
     duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("test", "of a dataset; a file has none")
     device: str = setting("auto", "auto, cpu, cuda, ...")
+
+
+class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
+    """Of `gem calibrate` and `gem.calibrate`. Repeated rows count as often as they stand there."""
+
+    num_generations: int = setting(4, "candidates of a prompt, for scales and tests; 0: none", ge=0)
+    score_features: tuple[str, ...] = setting(SCORE_FEATURES, "the features that the score is made of")
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+    split: str = setting("train", "of a dataset; a file has none")
+    batch_size: int = setting(8, "prompts per batch", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+    seed: Seed

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import gem
 from gem import loop
-from gem.calibration.score_file import Platt
+from gem.calibration.score_file import Platt, read_score
 from gem.data.answers import normalize_answer
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
@@ -109,6 +109,18 @@ def test_evaluate_is_what_the_command_prints(folder, objects, same_state, monkey
     assert same.preference.accuracy == 0.5  # all ties
     with pytest.raises(gem.UserError, match="reference"):
         gem.evaluate(objects, PAIRS, preference_reduction="relative")
+
+
+def test_calibrate_is_what_the_command_writes(folder, objects, tmp_path, same_state, monkeypatch, capsys):
+    out = tmp_path / "score.json"
+    command = ["calibrate", folder / "model", folder / "pairs.jsonl", "--out", out, "--max-completion-length", 6]
+    code, _, err = call([*command, "--sample", 2], monkeypatch, capsys)
+    assert code == 0, err
+    written = read_score(out)
+    found = gem.calibrate(objects, PAIRS, num_generations=2, max_completion_length=6)
+    assert found.model_copy(update={"model": written.model}) == written
+    with pytest.raises(gem.UserError, match="score_features"):
+        gem.calibrate(objects, PAIRS, score_features=("nonsense",))
 
 
 def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_state, capsys):
