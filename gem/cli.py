@@ -1,4 +1,7 @@
-"""The command line: gem train | score | evaluate | report | config | data | demo. A user's mistake exits with 2."""
+"""The command line: gem train | calibrate | score | evaluate | report | config | data | demo.
+
+A user's mistake exits with 2.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
-from gem.config.settings import SYSTEM_PROMPT
+from gem.config.settings import SCORE_FEATURES, SYSTEM_PROMPT
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 
@@ -91,6 +94,65 @@ def train_command(
         shut_down()
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="As DATA of gem evaluate.")],
+    out: Annotated[Path, typer.Option(help="A new file; its page beside it.")] = Path("score.json"),
+    features: Annotated[str, typer.Option(help="Of the score, commas between.")] = ",".join(SCORE_FEATURES),
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
+    eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
+    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
+    fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = 1.0,
+    top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = 0.1,
+    answer_span: Span = "marker",
+    answer_marker: Marker = "Final Answer:",
+    system_prompt: System = SYSTEM_PROMPT,
+    split: Split = "train",
+    prompt_column: Column = "prompt",
+    chosen_column: Other = "chosen",
+    rejected_column: Other = "rejected",
+    answer_column: Other = "answer",
+    skip_bad: SkipBad = False,
+    batch_size: BatchSize = 8,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Fit a score to the given pairs, test it, and say whether to trust it.
+
+    Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
+    """
+    from gem.calibration.command import CalibrateRequest, calibrate_file
+    from gem.calibration.score_file import write_score
+    from gem.calibration.table import score_report
+    from gem.config.settings import Sampling, Scoring
+    from gem.report.page import write_report
+
+    if not 0 < top_m <= 1:
+        raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
+    _check_new_file(out)
+    if out.suffix == ".html":
+        raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
+    names = tuple(name.strip() for name in features.split(",") if name.strip())
+    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
+    console = Console(stderr=True)
+    source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
+    sampling = Sampling(
+        num_generations=max(1, sample), max_completion_length=max_completion_length, temperature=temperature
+    )
+    request = CalibrateRequest(
+        model=model, pairs=pairs, split=split, eval_file=eval_file, features=names, sample=sample, rows=settings,
+        sampling=sampling, scoring=Scoring(fork_weight=fork_weight, top_m=top_m), batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    score = calibrate_file(request, form, context, lambda: _load(source, form, device), console)
+    write_score(score, out)
+    page = write_report(out, out.with_suffix(".html"))
+    for name, path in (("Score", out), ("Page", page)):
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(score_report(score), highlight=False)
+
+
 @app.command("score")
 def score_command(
     model: Model,
@@ -127,10 +189,8 @@ def score_command(
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
-    if out is not None and out.exists():
-        raise UserError(f"--out: {out} exists; name a new file or remove it first")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out: the directory {out.parent} does not exist")
+    if out is not None:
+        _check_new_file(out)
     settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
     console = Console(stderr=True)
     source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
@@ -293,6 +353,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("gem: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_new_file(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out: {out} exists; name a new file or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out: the directory {out.parent} does not exist")
 
 
 def _row_settings(prompt: str, chosen: str, rejected: str, answer: str, skip_bad: bool):

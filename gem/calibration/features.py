@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gem.config.settings import SCORE_FEATURES
 from gem.errors import UserError
 
 # Raw values, in this order along the last axis: entropies and log-probs in nats, the length in tokens.
@@ -21,8 +22,7 @@ FEATURES = (
     "min_logprob",
     "length",
 )
-# More of them overfit at 16 pairs; the entropies alone say little.
-DEFAULT_FEATURES = ("final_entropy", "fork_entropy", "mean_logprob")
+DEFAULT_FEATURES = SCORE_FEATURES
 
 PAPER = "paper"
 CALIBRATED = "calibrated"

@@ -1,7 +1,8 @@
 """The score that the given pairs ask for: ridge logistic regression on differences of features, tested honestly.
 
     d = x(a+) - x(a-)      P(a+ better) = sigma(w . d / s)         Bradley and Terry 1952, with features
-    s = root of the mean of d^2                                    the deviation of the differences in both orders, +-d
+    s = root of the mean of d^2                                    the deviation of the differences in both orders, +-d,
+                                                                   of the pairs or of the model's own candidates
     w = argmin  sum softplus(-w . d / s) + (l2 / 2) |w|^2          no intercept: a pair has no order
     S(a) = w . x(a) / s
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ from gem.calibration.features import (
     SHORTER,
     feature_array,
     feature_columns,
+    linear_score,
     plain_scores,
 )
 from gem.calibration.score_file import Platt, Samples, Score, Verdict
 from gem.errors import UserError
-from gem.evaluation.statistics import NUM_RESAMPLES, Estimate, mean_estimate, share_estimate, wilson_interval
+from gem.statistics import NUM_RESAMPLES, Estimate, mean_estimate, share_estimate, wilson_interval
 
 # Strengths that are tried, the strongest first, so that of equals the strongest is taken. Decades are fine enough: the
 # held-out loss hardly changes within one.
@@ -60,9 +62,16 @@ class PairCalibration:
     scales: np.ndarray  # [F]
     l2: float
     held_out: np.ndarray  # [N] S(a+) - S(a-) by a score fitted without the pair's prompt
+    held_out_weights: np.ndarray  # [N, F] of that score: S = held_out_weights . x
     num_prompts: int
     pair_accuracy: dict[str, Estimate]
     verdict: Verdict
+    scales_from: Literal["candidates", "pairs"] = "pairs"
+
+    @property
+    def linear(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """(names, weights / scales): what a linear score of raw features needs."""
+        return self.features, tuple((self.weights / self.scales).tolist())
 
     def score(
         self,
@@ -93,6 +102,7 @@ class PairCalibration:
             pair_accuracy=self.pair_accuracy,
             platt=platt,
             samples=samples,
+            scales_from=self.scales_from,
         )
 
 
@@ -104,6 +114,7 @@ def calibrate(
     features: Sequence[str] = DEFAULT_FEATURES,
     fork_weight: float = 1.0,
     seed: int = 0,
+    scales: np.ndarray | None = None,
 ) -> PairCalibration:
     """Fits the score to the pairs and tests it on prompts that it has not seen.
 
@@ -119,6 +130,8 @@ def calibrate(
         features: which of them the score is made of.
         fork_weight: lambda of the paper's score, which is reported beside it.
         seed: of the bootstraps.
+        scales: [9], in the order of `FEATURES`: `candidate_scales` of the model's own candidates. None: of the pairs.
+            They need no label, so they are the same in every fit, the held-out ones included.
 
     Raises:
         UserError: wrong shapes, unknown features, fewer than two prompts, or a feature that is not finite.
@@ -134,12 +147,14 @@ def calibrate(
     differences = (better - worse)[:, columns]
     sizes = np.maximum(np.abs(better), np.abs(worse))[:, columns]
 
+    fixed = None if scales is None else _check_scales(scales)[columns]
     everything = np.ones((1, len(groups)))
-    l2 = float(_choose_strengths(differences, sizes, groups, everything)[0])
-    scales = _scales(differences, sizes, everything)[0]
-    weights = _fit(differences / scales, l2)
-    intervals = _weight_intervals(differences, scales, l2, groups, seed)
-    held_out = _held_out(differences, sizes, groups)
+    l2 = float(_choose_strengths(differences, sizes, groups, everything, fixed)[0])
+    own = _scales(differences, sizes, everything, fixed)[0]
+    weights = _fit(differences / own, l2)
+    intervals = _weight_intervals(differences, own, l2, groups, seed)
+    held_out_weights = _held_out_weights(differences, sizes, groups, fixed)
+    held_out = (differences * held_out_weights).sum(1)
 
     margins = _plain_margins(better, worse, fork_weight) | {CALIBRATED: held_out}
     accuracy = {name: pair_accuracy(margin, groups.tolist(), seed) for name, margin in margins.items()}
@@ -147,13 +162,49 @@ def calibrate(
         features=tuple(features),
         weights=weights,
         weight_intervals=intervals,
-        scales=np.where(np.isfinite(scales), scales, 1.0),
+        scales=np.where(np.isfinite(own), own, 1.0),
         l2=l2,
         held_out=held_out,
+        held_out_weights=held_out_weights,
         num_prompts=int(groups.max()) + 1,
         pair_accuracy=accuracy,
         verdict=judge(margins, accuracy, groups.tolist(), seed),
+        scales_from="pairs" if fixed is None else "candidates",
     )
+
+
+def candidate_scales(values: Any, valid: Any) -> np.ndarray:
+    """Root mean square of the differences within prompts of the model's own candidates: [P, G, 9], [P, G] -> [9].
+
+        s^2 = mean over prompts and over pairs i < j of valid candidates of (x_i - x_j)^2
+
+    What a score has to tell apart at work is these, so they say what a large difference is. Both answers of a given
+    pair are well written, so theirs may be far smaller or larger. Infinity, which makes the weight 0, where candidates
+    do not differ (up to fp32's rounding).
+
+    Raises:
+        UserError: no prompt has two valid candidates, or a feature of one is not finite.
+    """
+    features, kept = feature_array(values, "candidates"), np.asarray(valid, bool)
+    if kept.shape != features.shape[:-1] or kept.ndim != 2:
+        raise UserError(f"candidates: expected features [P, G, 9] and valid [P, G], got {features.shape}, {kept.shape}")
+    if not np.isfinite(features[kept]).all():
+        raise UserError(
+            "candidates: a feature is not finite; the model's logits hold NaN or infinity: load it in float32"
+        )
+    squares, sizes, number = np.zeros(len(FEATURES)), np.zeros(len(FEATURES)), 0
+    for group, ok in zip(features, kept):
+        own = group[ok]
+        first, second = np.triu_indices(len(own), 1)
+        squares += ((own[first] - own[second]) ** 2).sum(0)
+        sizes += (np.maximum(np.abs(own[first]), np.abs(own[second])) ** 2).sum(0)
+        number += len(first)
+    if not number:
+        raise UserError(
+            "candidates: no prompt has two valid candidates to take scales from; sample more of each, or longer ones, "
+            "or none (scales are then those of the pairs)"
+        )
+    return np.where(squares > CONSTANT**2 * sizes, np.sqrt(squares / number), np.inf)
 
 
 def pair_accuracy(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
@@ -170,9 +221,13 @@ def pair_accuracy(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 
 
 
 def judge(
-    margins: dict[str, np.ndarray], accuracy: dict[str, Estimate], prompts: Sequence[Hashable], seed: int = 0
+    margins: dict[str, np.ndarray],
+    accuracy: dict[str, Estimate],
+    prompts: Sequence[Hashable],
+    seed: int = 0,
+    which: str = "it was not fitted on",
 ) -> Verdict:
-    """The verdict on the calibrated score.
+    """The verdict on the calibrated score, or on another in its place. which: pairs, in the words of the verdict.
 
     not_informative       the 95 % interval of its held-out pair accuracy holds 0.5 (or lies below), or there are fewer
                           than `MIN_PROMPTS` prompts
@@ -183,7 +238,7 @@ def judge(
     found = accuracy[CALIBRATED]
     number = len(set(prompts))
     counts = f"{found.count} pairs" if number == found.count else f"{found.count} pairs of {number} prompts"
-    told = f"It prefers the better answer in {_words(found)} of {counts} it was not fitted on; chance is 0.5."
+    told = f"It prefers the better answer in {_words(found)} of {counts} {which}; chance is 0.5."
     if number < MIN_PROMPTS:
         return Verdict(
             kind="not_informative",
@@ -211,6 +266,27 @@ def _words(estimate: Estimate, form: str = ".2f") -> str:
 
 def _wins(margins: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((np.sign(margins) + 1) / 2)
+
+
+def fixed_score_verdict(
+    chosen: Any,
+    rejected: Any,
+    prompts: Sequence[Hashable],
+    linear: tuple[Sequence[str], Sequence[float]],
+    *,
+    which: str,
+    seed: int = 0,
+) -> tuple[dict[str, Estimate], Verdict]:
+    """(pair accuracies, verdict) of a score that is there already, under the name of the calibrated one.
+
+    linear: (names, weights) for `linear_score`. which: "given pairs", in the words of the verdict.
+    """
+    better, worse = feature_array(chosen, "chosen"), feature_array(rejected, "rejected")
+    groups = _check_pairs(better, worse, prompts).tolist()
+    margins = _plain_margins(better, worse, 1.0)
+    margins[CALIBRATED] = linear_score(better, *linear) - linear_score(worse, *linear)
+    accuracy = {name: pair_accuracy(margins[name], groups, seed) for name in (CALIBRATED, LONGER, SHORTER)}
+    return accuracy, judge(margins, accuracy, groups, seed, which)
 
 
 def _plain_margins(better: np.ndarray, worse: np.ndarray, fork_weight: float) -> dict[str, np.ndarray]:
@@ -243,8 +319,22 @@ def _check_pairs(better: np.ndarray, worse: np.ndarray, prompts: Sequence[Hashab
     return groups
 
 
-def _scales(differences: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """s of the rows that each fit counts, [K, F]; infinity, which makes the weight 0, where they do not differ."""
+def _check_scales(scales: np.ndarray) -> np.ndarray:
+    found = np.asarray(scales, np.float64)
+    if found.shape != (len(FEATURES),) or not (found > 0).all():
+        raise UserError(f"scales: expected {len(FEATURES)} numbers above 0, in the order of FEATURES, got {scales}")
+    return found
+
+
+def _scales(
+    differences: np.ndarray, sizes: np.ndarray, counts: np.ndarray, fixed: np.ndarray | None = None
+) -> np.ndarray:
+    """s of the rows that each fit counts, [K, F]; infinity, which makes the weight 0, where they do not differ.
+
+    fixed [F]: s itself.
+    """
+    if fixed is not None:
+        return np.tile(fixed, (len(counts), 1))
     total = counts.sum(1, keepdims=True)
     scales = np.sqrt(counts @ differences**2 / total)
     return np.where(scales > CONSTANT * np.sqrt(counts @ sizes**2 / total), scales, np.inf)
@@ -289,7 +379,13 @@ def _newton(differences: np.ndarray, counts: np.ndarray, scales: np.ndarray, l2:
     raise RuntimeError("the logistic regression did not converge in 1000 steps")
 
 
-def _choose_strengths(differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _choose_strengths(
+    differences: np.ndarray,
+    sizes: np.ndarray,
+    groups: np.ndarray,
+    counts: np.ndarray,
+    fixed: np.ndarray | None = None,
+) -> np.ndarray:
     """The strength with the smallest held-out log-loss for each choice of rows, by counts [K, N] of 0 and 1: [K]."""
     tasks, rows_of = [], []
     for k, kept in enumerate(counts > 0):
@@ -306,7 +402,7 @@ def _choose_strengths(differences: np.ndarray, sizes: np.ndarray, groups: np.nda
     inner, test = np.zeros((2, len(tasks), len(groups)))
     for i, (train_rows, test_rows) in enumerate(rows_of):
         inner[i, train_rows], test[i, test_rows] = 1, 1
-    scales = _scales(differences, sizes, inner)
+    scales = _scales(differences, sizes, inner, fixed)
     losses = np.zeros((len(counts), len(STRENGTHS)))
     for j, l2 in enumerate(STRENGTHS):
         weights = _refit(differences, inner, scales, np.full(len(inner), l2))
@@ -317,21 +413,30 @@ def _choose_strengths(differences: np.ndarray, sizes: np.ndarray, groups: np.nda
     return chosen
 
 
-def _held_out(differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def _held_out(
+    differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, fixed: np.ndarray | None = None
+) -> np.ndarray:
     """S(a+) - S(a-) of each pair by a score that knows nothing of its prompt, [N]."""
+    return (differences * _held_out_weights(differences, sizes, groups, fixed)).sum(1)
+
+
+def _held_out_weights(
+    differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, fixed: np.ndarray | None
+) -> np.ndarray:
+    """Weights of raw features, w / s, of the score that knows nothing of the pair's prompt, [N, F]."""
     number = int(groups.max()) + 1
     num_folds = min(number, max(10, MAX_HELD_OUT // len(groups)))
     folds = [test for _, test in GroupKFold(num_folds).split(groups, groups=groups)]
     counts = np.ones((len(folds), len(groups)))
     for k, test in enumerate(folds):
         counts[k, test] = 0
-    strengths = _choose_strengths(differences, sizes, groups, counts)
-    scales = _scales(differences, sizes, counts)
+    strengths = _choose_strengths(differences, sizes, groups, counts, fixed)
+    scales = _scales(differences, sizes, counts, fixed)
     weights = _refit(differences, counts, scales, strengths) / scales
-    margins = np.empty(len(groups))
+    found = np.empty(differences.shape)
     for k, test in enumerate(folds):
-        margins[test] = differences[test] @ weights[k]
-    return margins
+        found[test] = weights[k]
+    return found
 
 
 def _weight_intervals(

@@ -13,7 +13,7 @@ from gem.calibration.probability import preference_probabilities, reliability
 from gem.calibration.score_file import Roc, Samples
 from gem.data.answers import normalize_answer
 from gem.errors import UserError
-from gem.evaluation.statistics import auroc_estimates, majority_answer, mean_estimate, share_estimate
+from gem.statistics import auroc_estimates, majority_answer, mean_estimate, share_estimate
 
 Answers = Sequence[Sequence[str | None]]
 

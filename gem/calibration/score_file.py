@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gem.calibration.features import FEATURES
 from gem.errors import UserError
-from gem.evaluation.statistics import Estimate
+from gem.statistics import Estimate
 
 KIND = "gem-score"
 VERSION = 1
@@ -105,6 +105,7 @@ class Score(_Part):
     pair_accuracy: dict[str, Estimate]
     platt: Platt | None
     samples: Samples | None
+    scales_from: Literal["candidates", "pairs"] = "pairs"  # may be missing: scores of before it was there
 
     @model_validator(mode="after")
     def _one_entry_a_feature(self) -> Score:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from gem.calibration.features import CALIBRATED, LONGER, PAPER, SHORTER
 from gem.calibration.score_file import Samples, Score
-from gem.evaluation.statistics import Estimate
+from gem.statistics import Estimate
 
 _NAMES = {
     PAPER: "paper's score",
@@ -40,7 +40,13 @@ def accuracy_table(score: Score) -> Table:
 
 def weight_table(score: Score) -> Table:
     """Weights of the standardised features. A positive weight: more of it is better."""
-    table = _table(f"The calibrated score (l2 {score.l2:g})", "feature", "weight", "95 % interval", "scale")
+    table = _table(
+        f"The calibrated score (l2 {score.l2:g}, scales from {score.scales_from})",
+        "feature",
+        "weight",
+        "95 % interval",
+        "scale",
+    )
     for name in score.features:
         low, high = score.weight_intervals[name]
         table.add_row(name, f"{score.weights[name]:+.3f}", f"[{low:+.3f}, {high:+.3f}]", f"{score.scales[name]:.4g}")

@@ -21,6 +21,9 @@ SYSTEM_PROMPT = (
 )
 DIRECT_SYSTEM_PROMPT = "Give no reasoning. Reply with 'Final Answer: ' followed by the answer alone."
 
+# Features that a calibrated score is made of: more of them overfit at 16 pairs; the entropies alone say little.
+SCORE_FEATURES = ("final_entropy", "fork_entropy", "mean_logprob")
+
 # Settings that several sections need.
 Seed = Annotated[int, setting(0, "of data order, split and sampling", ge=0)]
 MaxCompletionLength = Annotated[int, setting(256, "tokens", ge=1)]

@@ -16,7 +16,11 @@ from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.answers import answers_match
 from gem.data.batches import TokenizedPair
 from gem.data.prompts import TextFormat
-from gem.evaluation.statistics import (
+from gem.model.forward import Policy, pair_logprobs
+from gem.progress import progress
+from gem.rollout.sample import roll_out
+from gem.scoring.score import ScoredRollout, score_rollout
+from gem.statistics import (
     Calibration,
     Estimate,
     auroc_estimates,
@@ -25,10 +29,6 @@ from gem.evaluation.statistics import (
     mean_estimate,
     share_estimate,
 )
-from gem.model.forward import Policy, pair_logprobs
-from gem.progress import progress
-from gem.rollout.sample import roll_out
-from gem.scoring.score import ScoredRollout, score_rollout
 
 
 @dataclass(frozen=True)

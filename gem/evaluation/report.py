@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from gem.evaluation.evaluate import AnswerAccuracy, Evaluation, PreferenceAccuracy
-from gem.evaluation.statistics import Estimate
+from gem.statistics import Estimate
 
 
 def evaluation_metrics(result: Evaluation) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from gem.calibration import fit
 from gem.calibration.features import DEFAULT_FEATURES, FEATURES, linear_score, plain_scores
 from gem.calibration.fit import calibrate, pair_accuracy
 from gem.errors import UserError
-from gem.evaluation.statistics import wilson_interval
+from gem.statistics import wilson_interval
 
 LENGTH = FEATURES.index("length")
 COLUMNS = [FEATURES.index(name) for name in DEFAULT_FEATURES]

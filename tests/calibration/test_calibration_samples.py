@@ -12,7 +12,7 @@ from scipy.special import expit
 from gem.calibration.probability import fit_platt, preference_probabilities, reliability, right_probabilities
 from gem.calibration.samples import evaluate_samples, roc_within
 from gem.errors import UserError
-from gem.evaluation.statistics import auroc_within
+from gem.statistics import auroc_within
 
 
 def draw(num_prompts, size, seed, strength=1.0):

@@ -15,7 +15,7 @@ from gem.calibration.samples import evaluate_samples
 from gem.calibration.score_file import Score, hash_pairs, read_score, write_score
 from gem.calibration.table import score_report
 from gem.errors import UserError
-from gem.evaluation.statistics import Estimate
+from gem.statistics import Estimate
 
 KEYS = [
     *("kind", "version", "features", "weights", "weight_intervals", "scales", "top_m", "l2", "model", "pairs_hash"),
@@ -67,7 +67,7 @@ def test_round_trip(whole, tmp_path):
 
 
 def test_the_format_is_as_promised(content):
-    assert list(content) == KEYS and content["kind"] == "gem-score" and content["version"] == 1
+    assert list(content) == [*KEYS, "scales_from"] and content["kind"] == "gem-score" and content["version"] == 1
     assert list(content["samples"]) == SAMPLE_KEYS
     assert list(content["verdict"]) == ["kind", "words"] and list(content["platt"]) == ["slope", "intercept", "count"]
     assert list(content["pair_accuracy"]["calibrated"]) == ["value", "low", "high", "count"]

@@ -11,10 +11,10 @@ from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.evaluation import evaluate as evaluation
 from gem.evaluation.evaluate import evaluate, reward_differences, sampled_answers
-from gem.evaluation.statistics import wilson_interval
 from gem.model.forward import Policy, pair_logprobs
 from gem.rollout.sample import given_completions
 from gem.scoring.score import rank_candidates
+from gem.statistics import wilson_interval
 from tests.helpers import FORM, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

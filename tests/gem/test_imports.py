@@ -13,7 +13,19 @@ INTEGRATION = "gem_kernels.integrations.transformers"
 
 # From the bottom up, in the order the data moves: a room imports only from those before it.
 ROOMS = [
-    *("errors", "files", "config", "parallel", "progress", "data", "model", "rollout", "scoring", "update"),
+    *(
+        "errors",
+        "files",
+        "config",
+        "parallel",
+        "progress",
+        "data",
+        "statistics",
+        "model",
+        "rollout",
+        "scoring",
+        "update",
+    ),
     *("evaluation", "calibration", "run", "train", "report", "demo", "cli", "__main__"),
 ]
 MOST_FLOORS = 12

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem.evaluation.statistics import (
+from gem.statistics import (
     auroc,
     auroc_estimates,
     auroc_within,
