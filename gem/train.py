@@ -10,15 +10,20 @@ from rich.console import Console
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.evaluation.evaluate import Evaluation, evaluate
+from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.evaluation.report import evaluation_metrics, evaluation_table
 from gem.parallel import processes
 from gem.progress import progress
+from gem.report.page import write_report
 from gem.run import checkpoint
+from gem.run.calibration import gate_is_open, measure_score, with_score
 from gem.run.guards import Guards, watch
 from gem.run.metrics import step_metrics
 from gem.run.session import RunState, Session, prepare, save
 from gem.run.stages import Stage, planned_stages
+from gem.run.tracking import completion_rows
+from gem.scoring.score import ScoredRollout
+from gem_kernels import LinearScore
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,13 @@ def run_stages(session: Session, state: RunState, clock: Clock) -> Path:
     if "start" not in state.evaluations:
         state.evaluations["start"] = run_evaluation(session, state, "start")
         clock.lap("evaluation")
-    for stage in planned_stages(session.config):
-        if stage.name not in state.evaluations:
-            run_stage(stage(session), session, state)
+    for kind in planned_stages(session.config):
+        if kind.name not in state.evaluations:
+            stage = kind(session)
+            if not run_stage(stage, session, state):
+                break
             clock.lap(stage.name)
-            state.evaluations[stage.name] = run_evaluation(session, state, stage.name)
+            state.evaluations[stage.name] = run_evaluation(session, state, stage.name, stage.linear)
             clock.lap("evaluation")
     model_dir = session.run_dir / "model"
     model, tokenizer = session.policy.model, session.form.tokenizer
@@ -68,14 +75,19 @@ def run_stages(session: Session, state: RunState, clock: Clock) -> Path:
     return model_dir
 
 
-def run_stage(stage: Stage, session: Session, state: RunState) -> None:
-    """All steps of a stage, or those that are left of it where the run is resumed within it."""
+def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
+    """All steps of a stage, or those that are left of it where the run is resumed within it.
+
+    False: the objective was not begun, because its score did not pass the gate.
+    """
     config, guards = session.config, Guards(session.config)
     if state.stage_state is not None and state.stage_state["name"] == stage.name:
         stage.load_state_dict(state.stage_state)
         guards.load_state_dict(state.stage_state["guards"])
     else:
         state.stage, state.step = stage.name, 0
+        if stage.is_objective and not gate_is_open(stage, state, measure_score(stage, state)):
+            return False
         stage.begin()
         if stage.is_objective:
             watch(guards, stage, state, {}, list(state.evaluations.values())[-1])
@@ -96,32 +108,59 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> None:
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
             if result.scored is not None and is_due(config.log_completions_steps, state.step):
-                session.tracker.samples(result.scored, session.form.tokenizer, state.step)
+                write_samples(session, stage, state.step, result.scored)
             if stage.is_objective:
                 evaluation = None
                 if state.step < stage.num_steps and is_due(config.eval_steps, state.step):
-                    evaluation = run_evaluation(session, state, f"{stage.name} {state.step}")
+                    evaluation = run_evaluation(session, state, f"{stage.name} {state.step}", stage.linear)
                 watch(guards, stage, state, row, evaluation)
+                if state.step < stage.num_steps and is_due(config.recalibrate_steps, state.step):
+                    recalibrate(stage, state, guards)
             if is_due(config.save_steps, state.total_steps) or (config.save_steps and state.step == stage.num_steps):
                 save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
             bar.note(result.note)
             bar.advance()
+    return True
 
 
-def run_evaluation(session: Session, state: RunState, name: str) -> Evaluation:
-    """Evaluates the model as it is, on the same prompts and seed every time, and writes what came to the metrics."""
+def write_samples(session: Session, stage: Stage, step: int, scored: ScoredRollout) -> None:
+    """The candidates of a step to completions.jsonl and as a table."""
+    if not processes.is_main():
+        return
+    answers = {pair.prompt_ids: pair.answer for pair in session.train_pairs}
+    rows = completion_rows(
+        scored, session.form.tokenizer, answers, stage=stage.name, step=step, top_m=session.config.top_m
+    )
+    session.tracker.samples(rows, scored.rollout.batch.num_generations, step)
+
+
+def recalibrate(stage: Stage, state: RunState, guards: Guards) -> None:
+    """Fits the score again to the policy as it is now; the stage ends where it does not pass the gate."""
+    row = measure_score(stage, state)
+    if not gate_is_open(stage, state, row):
+        state.step = stage.num_steps
+    else:
+        watch(guards, stage, state, row or {}, None)
+
+
+def run_evaluation(session: Session, state: RunState, name: str, linear: LinearScore | None = None) -> Evaluation:
+    """Evaluates the model as it is, on the same prompts and seed every time, and writes what came to the metrics.
+
+    linear: the score of the candidates in place of the one that the run was given.
+    """
+    linear = linear or session.linear
     config, start = session.config, state.evaluations.get("start")
     result = evaluate(
         session.policy,
         session.form,
         session.eval_pairs,
         settings=config,
-        sampling=config,
-        scoring=config,
+        how=CandidateSettings(config, config, linear),
         console=session.console,
         name=name,
         reference=None if start is None else start.logprobs,
     )
+    result = with_score(result, session, linear)
     session.tracker.write({"stage": "eval", "after": name, **evaluation_metrics(result)}, state.total_steps)
     return result
 
@@ -145,8 +184,24 @@ class Clock:
 
 
 def report(result: TrainResult, console: Console) -> None:
-    """The table of evaluations, where the time went, and where the run is."""
+    """The table of evaluations, where the time went, and where the run and its page are."""
     console.print(evaluation_table(result.evaluations))
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
-    console.print(f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False)
+    console.print(
+        f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False, markup=False, soft_wrap=True
+    )
+    write_page(result.run_dir, console)
+
+
+def write_page(run_dir: Path, console: Console) -> Path | None:
+    """The run as a page, `report.html` in its folder. A page that cannot be made costs a line, never the run."""
+    page = run_dir / "report.html"
+    try:
+        write_report(run_dir, page)
+    except Exception as error:  # whatever it is, the model is saved
+        why = " ".join(str(error).split()) or type(error).__name__
+        console.print(f"Page: not written: {why}", highlight=False, markup=False, soft_wrap=True)
+        return None
+    console.print(f"Page: {page}", highlight=False, markup=False, soft_wrap=True)
+    return page

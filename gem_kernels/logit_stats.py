@@ -146,7 +146,8 @@ def token_stats(
 
     Nothing of the size of the logits is allocated forward (a copy is made only of logits whose last axis is strided,
     or whose leading axes cannot be walked with two strides). The entropy is computed from shifted logits and keeps its
-    digits on confident rows. A logit of -inf is a probability of 0. A row holding NaN or +inf, or only -inf, is NaN.
+    digits on confident rows. A logit of -inf, or at or below -1e30 (bfloat16's or float32's `finfo.min`, say), is a
+    masked word: a probability of 0. A row holding NaN or +inf, or masked words alone, is NaN.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides. Row t predicts `targets[t]`: for a causal model
@@ -177,7 +178,7 @@ def token_stats(
     arguments.check_logits(logits, targets)
     number, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
-    arguments.check_ignore_index(ignore_index)
+    arguments.check_ignore_index(ignore_index, targets)
     arguments.check_flag("inplace_backward", inplace_backward)
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")

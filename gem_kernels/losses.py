@@ -29,7 +29,7 @@ def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, 
     """[B] -> shaped like `targets`: each token the value of its sequence."""
     if completion_mask is not None:
         return values[:, None].expand(targets.shape)
-    token = torch.arange(targets.shape[0], device=targets.device)
+    token = torch.arange(targets.shape[0], dtype=torch.int64, device=targets.device)
     sequence = torch.searchsorted(cu_seqlens[1:].long().contiguous(), token, right=True)
     return values[sequence.clamp(max=values.shape[0] - 1)]
 

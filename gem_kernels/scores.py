@@ -258,7 +258,7 @@ def group_advantages(
 
     Returns:
         [B] float32, a constant of the gradient (`scores` is detached). Each group sums to zero. Equal scores, or fewer
-        than two valid members, give exact zeros.
+        than two valid members, give exact zeros, and so does every invalid member, whatever the scores beside it.
 
     Raises:
         ValueError: an argument is not as above.
@@ -283,7 +283,7 @@ def group_advantages(
 
 def counted_targets(targets: Tensor, completion_mask: Tensor | None, ignore_index: int) -> Tensor:
     """`targets`, with those that the mask leaves out replaced by `ignore_index`: their rows are then never read."""
-    arguments.check_ignore_index(ignore_index)
+    arguments.check_ignore_index(ignore_index, targets)
     return targets if completion_mask is None else targets.masked_fill(~completion_mask, ignore_index)
 
 

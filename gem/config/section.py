@@ -22,6 +22,10 @@ from gem.errors import UserError
 # The words of the lists of names.
 CHOICES: dict[str, tuple[str, ...]] = {
     "report_to": ("tensorboard", "trackio", "wandb"),
+    "score_features": (
+        *("final_entropy", "fork_entropy", "reasoning_entropy", "mean_entropy", "max_entropy"),
+        *("mean_logprob", "sum_logprob", "min_logprob", "length"),
+    ),
     "answer_span": ("marker", "boxed", "answer_tag", "after_think", "last_sentence", "last_tokens:N", "regex:PATTERN"),
 }
 _LIMITS = {

@@ -174,6 +174,38 @@ class Scoring(Section):
         return self
 
 
+class CalibrationSettings(Section):
+    """Which score the objective trains on, and what is asked of it before."""
+
+    score: str = setting(
+        "paper", "paper: S as above; calibrated: fitted to the given pairs after SFT; or the path of a score.json",
+        section="Which score is trained on, and its test on the given pairs before the objective",
+    )  # fmt: skip
+    score_features: tuple[str, ...] = setting(SCORE_FEATURES, "calibrated: the features that the score is made of")
+    calibration_pairs: int = setting(48, "at most so many pairs of train_file, drawn by the seed", ge=2)
+    calibration_generations: int = setting(
+        4, "calibrated: candidates of each of 16 prompts, for the scales of features; 0: scales of the pairs", ge=0
+    )
+    recalibrate_steps: int = setting(0, "calibrated: fitted again every so many steps of the objective; 0: once", ge=0)
+    gate: Literal["stop", "warn", "off"] = setting(
+        "warn", "of a score that the pairs do not show to be informative: the run ends after SFT, or a line says so"
+    )
+    keep_best: bool = setting(False, "save the weights from before the objective where held-out accuracy fell with it")
+
+    @model_validator(mode="after")
+    def _score_is_named(self) -> Self:
+        self.refuse_empty("score", "score_features")
+        if self.calibration_generations == 1:
+            raise UserError("config: calibration_generations: expected 0, or at least 2 to compare, got 1")
+        if len(set(self.score_features)) < len(self.score_features):
+            raise UserError(f"config: score_features: a name is given twice in {', '.join(self.score_features)}")
+        if self.recalibrate_steps and self.score != "calibrated":
+            raise UserError(
+                f"config: recalibrate_steps: expected score: calibrated with it, got {self.score!r}; set it to 0"
+            )
+        return self
+
+
 class SftSettings(Section):
     """The warm start."""
 
@@ -278,12 +310,14 @@ class GuardSettings(Section):
     guard_span_rate: float = setting(0.5, "least share of completions with an answer, of that at the start", gt=0, le=1)
     guard_h_final: float = setting(0.01, "least H_final, nats", ge=0)
     guard_preference_drop: float = setting(0.1, "held-out preference accuracy below its best", gt=0, le=1)
+    guard_score_drop: float = setting(0.1, "held-out pair accuracy of the score below its best", gt=0, le=1)
 
 
 # The last section first: the fields of the last base come first.
 class TrainConfig(
     GuardSettings, LogSettings, EvaluationSettings, OptimizerSettings, DpoUpdate, SegaUpdate, UpdateSettings,
-    SftSettings, Scoring, RolloutSettings, Sampling, TextSettings, Lora, ModelSettings, RowSettings, RunSettings,
+    SftSettings, CalibrationSettings, Scoring, RolloutSettings, Sampling, TextSettings, Lora, ModelSettings,
+    RowSettings, RunSettings,
 ):  # fmt: skip
     """All settings of `gem train`."""
 
@@ -292,7 +326,17 @@ class TrainConfig(
         self.refuse_empty("model", "train_file", "output_dir")
         if self.max_steps > 0 and self.objective != "dpo" and self.num_generations < 2:
             raise UserError(f"config: num_generations: expected at least 2 to compare, got {self.num_generations}")
+        if self.guards == "lower_fork_weight" and self.score != "paper":
+            raise UserError(
+                f"config: guards: lower_fork_weight changes the paper's score alone, got score: {self.score!r}; "
+                "set guards: stop, rollback or warn"
+            )
         return self
+
+    @property
+    def uses_score(self) -> bool:
+        """True where an objective trains on a score of candidates."""
+        return self.max_steps > 0 and self.objective != "dpo"
 
 
 # What a preset sets; keys of the file and flags stand above it. Reasons: docs/decisions-training.md.
@@ -305,6 +349,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon": 0.2,
         "epsilon_high": 0.28,
         "beta": 0.02,
-        "guards": "lower_fork_weight",
+        "guards": "stop",
+        "score": "calibrated",
+        "gate": "stop",
+        "keep_best": True,
     },
 }

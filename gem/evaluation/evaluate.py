@@ -29,6 +29,7 @@ from gem.statistics import (
     mean_estimate,
     share_estimate,
 )
+from gem_kernels import LinearScore
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class SampledAnswers:
 
 
 @dataclass(frozen=True)
+class CandidateSettings:
+    """How candidates are drawn and scored. linear: the score in place of the paper's."""
+
+    sampling: Sampling
+    scoring: Scoring
+    linear: LinearScore | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """`preference` is the one of `preferences` that was asked for: "sum", "mean", or "relative" to a reference."""
 
@@ -92,6 +102,9 @@ class Evaluation:
     sampled: SampledAnswers | None
     logprobs: Tensor  # [N, 2] float64: of (chosen, rejected), whole; the reference of a later evaluation
     seconds: float
+    sampled_rates: Tensor | None = None  # [P] float64: share of right candidates of each problem of `sampled`
+    score: Estimate | None = None  # held-out pair accuracy of the score that is trained on
+    score_wins: Tensor | None = None  # [N] float64: 1 where that score prefers the chosen answer, a tie one half
 
 
 def evaluate(
@@ -99,8 +112,7 @@ def evaluate(
     form: TextFormat,
     pairs: Sequence[TokenizedPair],
     settings: EvaluationSettings,
-    sampling: Sampling,
-    scoring: Scoring,
+    how: CandidateSettings,
     *,
     console: Console,
     name: str,
@@ -113,10 +125,11 @@ def evaluate(
     of the starting policy on the same pairs.
     """
     start = time.monotonic()
+    sampling, scoring = how.sampling, how.scoring
     reduction, seed, size = reduction or settings.preference_reduction, settings.seed, settings.eval_batch_size
     problems = [pair for pair in pairs if pair.answer is not None][: settings.eval_generate]
     sampled = pairs[: settings.eval_sample]
-    answers = candidates = outcomes = None
+    answers = candidates = outcomes = rates = None
     with progress(console, f"Evaluation {name}", len(pairs) + len(problems) + 2 * len(sampled)) as bar:
         logprobs = pair_logprobs(policy, pairs, pad_id=form.pad_id, batch_size=size, bar=bar)
         rewards = reward_differences(logprobs, pairs, reference)
@@ -135,9 +148,10 @@ def evaluate(
                 policy, form, [pair.prompt_ids for pair in sampled], sampling, seed=seed, batch_size=size,
                 stats_temperature=scoring.score_temperature, bar=bar,
             )  # fmt: skip
-            scored = score_rollout(policy, rollout, scoring, batch_size=size, bar=bar)
+            scored = score_rollout(policy, rollout, scoring, linear=how.linear, batch_size=size, bar=bar)
             candidates = summarize(scored)
             outcomes = sampled_answers(scored, sampled, seed)
+            rates = sampled_rates(scored, sampled)
         bar.note(f"preference accuracy {preferences[reduction].accuracy:.3f}")
     return Evaluation(
         preference=preferences[reduction],
@@ -148,6 +162,7 @@ def evaluate(
         sampled=outcomes,
         logprobs=logprobs,
         seconds=time.monotonic() - start,
+        sampled_rates=rates,
     )
 
 
@@ -188,6 +203,17 @@ def sampled_answers(scored: ScoredRollout, pairs: Sequence[TokenizedPair], seed:
         auroc=overall,
         auroc_within=within,
     )
+
+
+def sampled_rates(scored: ScoredRollout, pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """Share of right candidates of each problem whose answer is known, [P] float64; None where none is."""
+    size, answers = scored.rollout.batch.num_generations, scored.rollout.spans.answers
+    right = [
+        [answers_match(given, pair.answer) for given in answers[i * size : (i + 1) * size]]
+        for i, pair in enumerate(pairs)
+        if pair.answer is not None
+    ]
+    return torch.tensor(right, dtype=torch.float64).mean(1) if right else None
 
 
 def _preference(differences: Tensor, prompts: Sequence[tuple[int, ...]], seed: int) -> PreferenceAccuracy:

@@ -16,6 +16,8 @@ def evaluation_metrics(result: Evaluation) -> dict[str, Any]:
     row: dict[str, Any] = {f"eval/preference_{k}": v for k, v in dataclasses.asdict(result.preference).items()}
     row |= {f"eval/preference_accuracy_{kind}": value.accuracy for kind, value in result.preferences.items()}
     row |= _estimates({"calibration_error": result.calibration.error, "brier": result.calibration.brier})
+    if result.score:
+        row |= _estimates({"score_pair_accuracy": result.score})
     if result.answers:
         row |= {f"eval/answer_{key}": value for key, value in dataclasses.asdict(result.answers).items()}
     if result.candidates:

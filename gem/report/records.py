@@ -124,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         stage = row.get("stage")
         if not isinstance(stage, str):
             raise UserError(f'{where}: expected "stage", a text, got {_short(stage)}; is it a run\'s metrics.jsonl?')
-        steps += stage not in ("eval", "guard")
+        steps += stage not in ("eval", "guard", "calibration")
         rows.append({**row, "total_steps": steps})
     return rows
 
@@ -152,6 +152,8 @@ def _read_run(run: Path) -> Source:
             raise UserError(f"{path}: not JSON: {error}") from error
         if isinstance(score, dict) and score.get("kind") == SCORE_KIND:
             scores[path.name] = check_score(path, score)
+    if any(name != "score.json" and score == scores.get("score.json") for name, score in scores.items()):
+        del scores["score.json"]  # the newest, which stands there under the step it was made at
     rows = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
     completions = read_completions(run / COMPLETIONS, growing=True) if (run / COMPLETIONS).is_file() else []
     if not (rows or completions or scores):

@@ -104,7 +104,7 @@ def run_axis(rows: Sequence[dict[str, Any]]) -> Axis:
             guards.append(
                 (row["total_steps"], f"guard {', '.join(map(str, row.get('guards') or ['?']))}: {_done(row)}")
             )
-        elif row["stage"] != "eval":
+        elif row["stage"] not in ("eval", "calibration"):
             stages.setdefault(row["stage"], []).append(row["total_steps"])
     return Axis([(name, steps[0], steps[-1]) for name, steps in stages.items()], guards)
 

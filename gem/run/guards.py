@@ -8,6 +8,7 @@ Each looks at one number of a step's metrics (or of an evaluation's) and breache
     span_rate        share of completions with an answer, below guard_span_rate times that at the start
     h_final          mean H_final, nats, below guard_h_final
     preference       held-out preference accuracy more than guard_preference_drop below its best
+    score            held-out pair accuracy of the score more than guard_score_drop below its best
 
 The start is the first step that is checked. `watch` does on a breach what the setting `guards` says: warn, lower
 lambda, go back to the best weights, or stop the stage. A number that is missing or NaN breaches nothing: a step that is
@@ -43,11 +44,12 @@ class Breach:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the numbers are compared with: the first step's, and the best accuracy so far. None: not seen yet."""
+    """What the numbers are compared with: the first step's, and the best accuracies so far. None: not seen yet."""
 
     mean_length: float | None = None
     span_rate: float | None = None
     best_preference: float | None = None
+    best_score: float | None = None
 
 
 class Guards:
@@ -106,19 +108,26 @@ def breaches(metrics: Mapping[str, Any], baseline: Baseline, limits: GuardSettin
             "preference", "eval/preference_accuracy", "held-out preference accuracy",
             least=baseline.best_preference - limits.guard_preference_drop,
         )  # fmt: skip
+    if baseline.best_score is not None:
+        look(
+            "score", "eval/score_pair_accuracy", "held-out pair accuracy of the score",
+            least=baseline.best_score - limits.guard_score_drop,
+        )  # fmt: skip
     return found
 
 
 def next_baseline(metrics: Mapping[str, Any], baseline: Baseline) -> Baseline:
-    """The start where it was not known yet, and the best preference accuracy up to these metrics."""
-    accuracy, best = _number(metrics, "eval/preference_accuracy"), baseline.best_preference
-    if accuracy is not None:
-        best = accuracy if best is None else max(best, accuracy)
+    """The start where it was not known yet, and the best accuracies up to these metrics."""
+
+    def best(before: float | None, key: str) -> float | None:
+        return max((value for value in (before, _number(metrics, key)) if value is not None), default=None)
+
     length, rate = baseline.mean_length, baseline.span_rate
     return Baseline(
         mean_length=_number(metrics, "completions/mean_length") if length is None else length,
         span_rate=_number(metrics, "gem/answer_span_found") if rate is None else rate,
-        best_preference=best,
+        best_preference=best(baseline.best_preference, "eval/preference_accuracy"),
+        best_score=best(baseline.best_score, "eval/score_pair_accuracy"),
     )
 
 

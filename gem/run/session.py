@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
+from gem.calibration.score_file import Score, read_score, write_score
 from gem.config.read import load_config, save_config
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
@@ -36,6 +37,7 @@ from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
 from gem.run import checkpoint
 from gem.run.tracking import Tracker, check_report_to
+from gem_kernels import LinearScore
 
 # What a resumed run may have other than the run it continues: nothing that its numbers depend on.
 MAY_CHANGE = ("save_steps", "save_total_limit", "report_to", "max_bad_steps", "vllm_server_url")
@@ -55,6 +57,7 @@ class Session:
     tracker: Tracker
     console: Console
     sampler: Sampler | None  # vLLM; None: the model itself
+    linear: LinearScore | None = None  # the score of the file that `score` names
 
 
 @dataclass
@@ -74,6 +77,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
     run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
     check_report_to(config.report_to)
+    given = given_score(config)
     for source in filter(None, (config.train_file, config.eval_file)):
         check_source(source)
     processes.wait_for_all()  # every process has seen the directory as it was before one makes it
@@ -85,16 +89,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
     for report in filter(str, reports):
         console.print(str(report), highlight=False)
+    check_calibration(config, train_pairs)
     set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
     whole = load_model_for_training(source, model_config, config)
     form = dataclasses.replace(form, end_tokens=end_token_ids(whole, form.tokenizer, form.end_of_turn))
     model = processes.prepare_model(whole, accelerator, config.max_grad_norm)
     set_seed(config.seed + processes.rank())
+    linear = None if given is None else LinearScore(given.weights, given.scales)
     if resume:
-        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), console)
+        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), repr(linear), console)
     else:
         state, offsets = RunState(), None
-        processes.on_main(lambda: start_run_directory(config, run_dir))
+        processes.on_main(lambda: start_run_directory(config, run_dir, given))
     tracker = Tracker(config, run_dir, console, offsets=offsets, step=state.total_steps)
     return Session(
         config=config,
@@ -107,12 +113,40 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
         tracker=tracker,
         console=console,
         sampler=make_sampler(config, source, run_dir),
+        linear=linear,
     ), state
 
 
-def start_run_directory(config: TrainConfig, run_dir: Path) -> None:
+def start_run_directory(config: TrainConfig, run_dir: Path, given: Score | None) -> None:
     checkpoint.make_run_directory(run_dir)
     save_config(config, run_dir / "config.yaml")
+    if given is not None:
+        write_score(given, run_dir / "score.json")
+
+
+def given_score(config: TrainConfig) -> Score | None:
+    """The score of the file that `score` names; None: the paper's, or one that is fitted in the run."""
+    if config.score in ("paper", "calibrated"):
+        return None
+    try:
+        score = read_score(config.score)
+    except UserError as error:
+        raise UserError(f"score: expected paper, calibrated or a score.json of gem calibrate; {error}") from error
+    if score.top_m != config.top_m:
+        raise UserError(
+            f"score: {config.score} was fitted with top_m: {score.top_m}, this run has {config.top_m}; "
+            f"set top_m: {score.top_m}"
+        )
+    return score
+
+
+def check_calibration(config: TrainConfig, pairs: Sequence[TokenizedPair]) -> None:
+    number = len({pair.prompt_ids for pair in pairs})
+    if config.uses_score and config.score == "calibrated" and number < 2:
+        raise UserError(
+            f"score: calibrated needs pairs of at least 2 prompts to train on, got {number}; add pairs, or set "
+            "score: paper"
+        )
 
 
 def check_resume(config: TrainConfig) -> Path:
@@ -138,12 +172,16 @@ def check_resume(config: TrainConfig) -> Path:
     return run_dir
 
 
-def restore(run_dir: Path, model: nn.Module, data: str, console: Console) -> tuple[RunState, dict[str, int]]:
+def restore(
+    run_dir: Path, model: nn.Module, data: str, score: str, console: Console
+) -> tuple[RunState, dict[str, int]]:
     """The newest checkpoint into the model and the generators; (where the run is, offsets of its files)."""
     path = checkpoint.checkpoints(run_dir)[-1]
     parameters, saved = checkpoint.load_checkpoint(path)
     if saved["data"] != data:
         raise UserError("resume: train_file or eval_file no longer holds the pairs that the run began with")
+    if saved.get("score", score) != score:
+        raise UserError("resume: the file that score names no longer holds the score that the run began with")
     if len(saved["random"]) != processes.world_size():
         raise UserError(
             f"resume: the run has {len(saved['random'])} processes, this is {processes.world_size()}; "
@@ -165,6 +203,7 @@ def save(session: Session, state: RunState, stage_state: dict[str, Any]) -> None
         "progress": checkpoint.to_tree(dataclasses.replace(state, stage_state=None)),
         "stage_state": stage_state,
         "data": fingerprint(session.train_pairs, session.eval_pairs),
+        "score": repr(session.linear),
         "random": processes.gather([processes.random_state()]),
         "offsets": session.tracker.offsets,
     }

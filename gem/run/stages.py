@@ -29,6 +29,7 @@ from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP, StepResult, Trainer
 from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
+from gem_kernels import LinearScore
 
 _STARTING_POLICY = "starting-policy"
 
@@ -44,6 +45,7 @@ class Stage(ABC):
         self.session, self.config, self.num_steps = session, config, num_steps
         self.policy = session.policy
         self.scoring: Scoring = config  # until a guard lowers its fork_weight
+        self.linear: LinearScore | None = session.linear  # None: the paper's
         self.reference: StartingPolicy | None = None
         kind = Trainer if deepspeed.engine_of(self.policy.model) is None else DeepSpeedTrainer
         total_steps = num_steps * iterations
@@ -70,11 +72,14 @@ class Stage(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Without the starting policy, which `begin` has put on the disk once."""
-        return {"name": self.name, "trainer": self.trainer.state_dict(), "fork_weight": self.scoring.fork_weight}
+        linear = self.linear and {"weights": dict(self.linear.weights), "scales": dict(self.linear.scales)}
+        state = {"name": self.name, "trainer": self.trainer.state_dict(), "linear": linear}
+        return {**state, "fork_weight": self.scoring.fork_weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self.scoring = self.scoring.changed(fork_weight=state["fork_weight"])
+        self.linear = LinearScore(**state["linear"]) if state.get("linear") else self.session.linear
         if self.needs_reference:
             self.reference = StartingPolicy(self.policy.model)
             self.reference.load_state_dict(load_tensors(self.session.run_dir / _STARTING_POLICY))
@@ -95,7 +100,8 @@ class Stage(ABC):
             stats_temperature=config.score_temperature,
             sampler=session.sampler,
         )
-        return score_rollout(self.policy, rollout, self.scoring, batch_size=config.micro_batch_size)
+        batch_size = config.micro_batch_size
+        return score_rollout(self.policy, rollout, self.scoring, linear=self.linear, batch_size=batch_size)
 
     def on_candidates(self, result: StepResult, scored: ScoredRollout, ref_logprobs: Tensor | None) -> StepResult:
         """The step with what its candidates were."""

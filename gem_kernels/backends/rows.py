@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def row_view(logits: Tensor) -> Tensor | None:
         view = logits
     else:
         try:
-            view = logits.view(logits.shape[0], -1, V)
+            view = logits.view(logits.shape[0], math.prod(logits.shape[1:-1]), V)
         except RuntimeError:
             return None
     R1, R2, _ = view.shape

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..types import FLOOR
+
+__all__ = ["FLOOR", "NO_TARGET", "RowGradients", "RowOptions", "RowStats"]
+
 NO_TARGET = -(2**62)
 """A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
 Log-prob NaN, gradient without the term of its target. A shard of a vocabulary sees most targets so.

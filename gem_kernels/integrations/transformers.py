@@ -383,7 +383,8 @@ def _probe_ids(causal_lm: PreTrainedModel) -> Tensor:
     spread = [i * V // 64 for i in range(64)]
     ids = [i for i in dict.fromkeys(spread) if i not in special] or [0]
     n = len(PROBE_LOGITS)
-    return torch.tensor([[ids[i * len(ids) // n] for i in range(n)]], device=causal_lm.device)
+    chosen = [ids[i * len(ids) // n] for i in range(n)]
+    return torch.tensor([chosen], dtype=torch.int64, device=causal_lm.device)
 
 
 def _scale_rows(hidden: Tensor, logits: Tensor) -> Tensor:

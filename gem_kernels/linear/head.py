@@ -168,7 +168,7 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     arguments.check_number("logit_scale", given.logit_scale, above=0.0)
     softcap = arguments.check_softcap(given.softcap)
     number, temperatures = arguments.check_temperature(given.temperature, targets.shape, hidden.device)
-    arguments.check_ignore_index(given.ignore_index)
+    arguments.check_ignore_index(given.ignore_index, targets)
     logits_dtype = hidden.dtype if given.logits_dtype is None else given.logits_dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)

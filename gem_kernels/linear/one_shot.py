@@ -29,7 +29,7 @@ class OneShot:
     def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
         self.products = Products(head, len(rows), needs)
-        self.norms = torch.empty(2, len(rows), device=rows.hidden.device)
+        self.norms = torch.empty(2, len(rows), dtype=torch.float32, device=rows.hidden.device)
         """row_max and log_sum"""
         self.grad_hidden = torch.zeros_like(rows.hidden) if needs[0] else None
 

@@ -76,8 +76,8 @@ def fused_linear_policy_loss(
     rows = token_rows(hidden.detach(), targets, head, options)
     inputs = _flat_inputs(token_inputs or {}, targets, rows)
     shot = OneShot(rows, head, needs_of(hidden, weight, bias))
-    loss = torch.zeros((), device=hidden.device)
-    out = torch.zeros(2, len(rows), device=hidden.device)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    out = torch.zeros(2, len(rows), dtype=torch.float32, device=hidden.device)
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
         out[:, begin:end] = torch.stack(shot.statistics(begin, end))

@@ -44,9 +44,13 @@ class Products:
         self.gradient_workspace = self.workspace
         if any(needs) and head.gradient_dtype != head.logits_dtype:
             self.gradient_workspace = torch.empty(n_rows, self.V, dtype=head.gradient_dtype, device=device)
+
         # Tensors where they are needed, else None.
-        self.grad_weight: Any = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
-        self.grad_bias: Any = torch.zeros(self.V, device=device) if self.needs_bias else None
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.grad_weight: Any = zeros(self.V, self.D) if self.needs_weight else None
+        self.grad_bias: Any = zeros(self.V) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
         self.active = None
@@ -93,7 +97,7 @@ class Products:
     def _hidden(self, gradient: Tensor, out: Tensor) -> None:
         weight, total = self.head.weight, out
         if not gradient.is_cuda and gradient.shape[0] < FEW_ROWS:
-            total = torch.zeros(out.shape)
+            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v in range(0, self.V, FEW_ROWS_SLICE):
                 total += gradient[:, v : v + FEW_ROWS_SLICE].float() @ weight[v : v + FEW_ROWS_SLICE].float()
         elif gradient.dtype == weight.dtype and (self.reduction is None or weight.dtype == torch.float32):
@@ -101,7 +105,7 @@ class Products:
         elif gradient.is_cuda:
             total = torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
-            total = torch.zeros(out.shape, device=out.device)
+            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v, w in self._slices():
                 total.addmm_(gradient[:, v:w].float(), weight[v:w].float())
         if self.reduction is not None:
@@ -143,7 +147,7 @@ class Products:
 
 def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:
     """Of the whole rows, [len(rows)]; 1 G."""
-    out = torch.zeros(4, len(rows), device=rows.hidden.device)
+    out = torch.zeros(4, len(rows), dtype=torch.float32, device=rows.hidden.device)
     products = Products(head, len(rows), (False, False, False))
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))

@@ -149,7 +149,9 @@ class _Batch:
 
     def sequence_of(self, rows: TokenRows) -> Tensor:
         """The sequence each of the rows is in."""
-        token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
+        token = rows.kept
+        if token is None:
+            token = torch.arange(rows.total, dtype=torch.int64, device=self.targets.device)
         if self.spans.completion_mask is not None:
             return token // max(1, self.targets.shape[1])
         ends = self.spans.cu_seqlens[1:].long().contiguous()
@@ -164,7 +166,7 @@ class _Batch:
             self.host_offsets = self.spans.cu_seqlens.tolist()
             bounds = self.host_offsets[::group_size]
         if rows.kept is not None:
-            bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
+            bounds = torch.searchsorted(rows.kept, rows.kept.new_tensor(bounds)).tolist()
         return bounds
 
 
@@ -239,9 +241,9 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     batch, rows, weights, advantages = call.batch, call.rows, call.weights, call.advantages
     shot = OneShot(rows, call.head, call.needs)
     sequence = batch.sequence_of(rows)
-    logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
+    logprobs, entropy = torch.zeros(2, len(rows), dtype=torch.float32, device=weights.device).unbind()
     known = torch.zeros(2, rows.total, dtype=torch.float32, device=weights.device)  # log-probs, entropies
-    loss = torch.zeros((), device=weights.device)
+    loss = torch.zeros((), dtype=torch.float32, device=weights.device)
     step = call.head.rows_per_chunk
     runs: list[tuple[int, int, slice | None]]
     if advantages is not None:

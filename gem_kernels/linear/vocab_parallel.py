@@ -31,14 +31,11 @@ from torch import Tensor
 
 from .. import arguments
 from ..backends.types import NO_TARGET, RowOptions, RowStats
-from ..types import VocabParallel
+from ..types import FLOOR, VocabParallel
 
 # Local marks; no word of a shard has such a number.
 IGNORED = -100
 OUTSIDE = -1
-
-# The row kernels take logits down to here for -inf.
-FLOOR = -1.0e30
 
 
 def _gather(out: Tensor, part: Tensor, group: Any) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from gem.config.settings import EvaluationSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.evaluation import evaluate as evaluation
-from gem.evaluation.evaluate import evaluate, reward_differences, sampled_answers
+from gem.evaluation.evaluate import CandidateSettings, evaluate, reward_differences, sampled_answers
 from gem.model.forward import Policy, pair_logprobs
 from gem.rollout.sample import given_completions
 from gem.scoring.score import rank_candidates
@@ -43,8 +43,7 @@ def run(pairs, *, reduction="sum", reference=None, **more):
         FORM,
         pairs,
         EvaluationSettings(**{"eval_generate": 8, "eval_sample": 2, "eval_batch_size": 4, **more}),
-        Sampling(num_generations=3, max_completion_length=8),
-        Scoring(),
+        CandidateSettings(Sampling(num_generations=3, max_completion_length=8), Scoring()),
         console=Console(file=io.StringIO()),
         name="test",
         reduction=reduction,
@@ -85,7 +84,7 @@ def test_exchanging_the_answers_mirrors_the_accuracy():
     swapped = [dataclasses.replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
     one, other = (preference_accuracy(pairs) for pairs in (PAIRS, swapped))
     assert one.accuracy + other.accuracy == pytest.approx(1)
-    assert one.margin == pytest.approx(-other.margin, abs=1e-4)
+    assert one.margin == pytest.approx(-other.margin, rel=1e-4)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
@@ -94,7 +93,7 @@ def test_pairs_of_one_prompt_are_not_independent():
     copies = preference_accuracy(PAIRS * 4)
     assert copies.accuracy == one.accuracy and copies.num_pairs == 28
     assert copies.high - copies.low > 0.8 * (one.high - one.low)
-    assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), abs=1e-4)
+    assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), rel=1e-4)
 
 
 def test_unknown_answers_and_no_samples_give_no_numbers():

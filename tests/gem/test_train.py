@@ -64,7 +64,7 @@ def test_a_run_leaves_a_model_that_transformers_opens(folder, result):
 
 def test_metrics_say_what_happened(result):
     rows = metrics_of(result)
-    assert [row["stage"] for row in rows] == ["eval", *["SFT"] * 10, "eval", *["SEGA"] * 3, "eval"]
+    assert [row["stage"] for row in rows] == ["eval", *["SFT"] * 10, "eval", "calibration", *["SEGA"] * 3, "eval"]
     sft = [row["loss"] for row in rows if row["stage"] == "SFT"]
     assert sft[-1] < sft[0]
     for row in rows:

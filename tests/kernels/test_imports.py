@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import gem_kernels
-from tests.import_rules import ROOT, broken_rules, files, imports, inner_targets
+from tests.import_rules import ROOT, arrows, broken_rules, files, imports, inner_targets
 
 PACKAGE = "gem_kernels"
 
@@ -31,11 +31,6 @@ PROMISED = """
     sega_loss fused_linear_sega_loss fused_linear_policy_loss
     TokenStats EntropyScores EntropyScoreOutput SegaOutput PolicyLossOutput VocabParallel
 """
-
-
-def arrows(package: str) -> dict[str, set[str]]:
-    present = files(package)
-    return {name: inner_targets(path, package, set(present)) for name, path in present.items()}
 
 
 def test_a_stage_imports_only_from_stages_above_it():

@@ -5,11 +5,9 @@ Every model is a tiny random one of float32 with weights of order 1, so that its
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from gem_kernels import token_stats  # noqa: E402
 from gem_kernels.integrations import transformers as integration  # noqa: E402
 from gem_kernels.integrations.transformers import causal_lm_head, hidden_states_and_head, last_hidden_states  # noqa: E402
 from tests.kernels.helpers import assert_near  # noqa: E402
+from tests.processes import run_ranks, run_script  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +188,8 @@ def test_dropout_neither_disturbs_the_check_nor_is_disturbed_by_it():
 
 def test_gradient_checkpointing():
     model = build("gemma2")
-    model.gradient_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     check(model.train())
 
 
@@ -348,7 +348,7 @@ class TestPeft:
 
 # Both processes see other tokens; the mean of their gradients is that of one process with both batches.
 DISTRIBUTED = """
-import os, sys, warnings
+import warnings
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -358,8 +358,8 @@ from tests.kernels import test_integrations_transformers as t
 
 warnings.filterwarnings("error", message=".*view tensor.*")
 torch.set_num_threads(1)
-rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
 
 
 def expected(name, tied):
@@ -457,25 +457,10 @@ print("done", flush=True)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_distributed(tmp_path):
     """DistributedDataParallel and FSDP2, two gloo processes."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     script = tmp_path / "distributed.py"
     script.write_text(textwrap.dedent(DISTRIBUTED))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), "2", str(tmp_path / "store")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs):
-        assert process.returncode == 0, output
-        assert output.rstrip().endswith("done")
+    output = run_ranks(2, run_script, script, environment={"GLOO_SOCKET_IFNAME": "lo"})
+    assert output.split("\n").count("done") == 2
 
 
 def test_importing_gem_kernels_imports_neither_this_nor_transformers():

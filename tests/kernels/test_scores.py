@@ -410,3 +410,24 @@ def test_fused_packed_equals_padded(backend, device):
     packed = gem_kernels.fused_entropy_score(logits[mask], targets[mask], cu_seqlens=offsets, **arguments)
     assert torch.equal(packed.logprobs, padded.logprobs[mask]) and torch.equal(packed.entropy, padded.entropy[mask])
     close(packed.advantages, padded.advantages)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mapping", ["identity", "softmax", "rank"])
+def test_equal_scores_give_zeros_without_eps(mapping, backend, device):
+    scores = torch.tensor([0.3, 0.3, 0.3, 1.0, 2.0, 4.0], device=device)
+    got = group_advantages(scores, 3, mapping=mapping, scale="group", eps=0.0, backend=backend)
+    want = reference.group_advantages(scores.double(), 3, mapping=mapping, scale="group", eps=0.0)
+    assert (got[:3] == 0).all() and (want[:3] == 0).all()
+    close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("mapping", ["identity", "softmax", "rank"])
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_an_invalid_member_is_zero_beside_any_score(special, mapping, scale, backend, device):
+    scores = torch.tensor([special, 1.0, 2.0, 0.5], device=device)
+    valid = torch.tensor([True, True, False, True], device=device)
+    got = group_advantages(scores, 4, valid=valid, mapping=mapping, scale=scale, backend=backend)
+    assert got[2] == 0

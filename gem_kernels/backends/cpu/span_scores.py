@@ -148,5 +148,6 @@ def group_advantages(scores, group_size, valid, mapping, scale, eps):
     r = torch.where(member, r - top, 0.0)
     a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     if scale == "group":
-        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(n > 1, a, 0.0).reshape(-1)
+        # Equal members stay zeros, whatever eps.
+        a = torch.where(a == 0, 0.0, a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps))
+    return torch.where(member & (n > 1), a, 0.0).reshape(-1)
