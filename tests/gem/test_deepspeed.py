@@ -59,7 +59,7 @@ def deepspeed():
         for left in COMPILED.rglob("lock"):
             left.unlink()
         environment = {"TORCH_EXTENSIONS_DIR": str(COMPILED), "DS_ACCELERATOR": "cpu"}
-        fork = Fork(compile_operators, environment=environment).wait()
+        fork = Fork(compile_operators, environment=environment).wait(1800)
         assert fork.returncode == 0, fork.output
 
 
