@@ -26,14 +26,14 @@ class Pick:
 def pick_candidates(scored: ScoredRollout, share: float = 1.0) -> list[Pick]:
     """The best candidate of each prompt, in the order of the prompts.
 
-    S are the rewards: the scores, or their strengths. Candidates that count are valid and have ended. With share = 1 the best is the one of the highest score. Below, the
-    answers of a prompt vote, a candidate with weight
+    S are the rewards: the scores, or their strengths. Candidates that count are valid and have ended. With share = 1
+    the best is the one of the highest S. Below, the answers of a prompt vote, a candidate with weight
 
         v_i = e^(S_i) / sum_j e^(S_j)    over the prompt's candidates that count
 
     The agreement is the sum of v over the answer that has most of it (answers equal after normalisation; none: no
     vote, of equals the one given first). The ceil(share * P) prompts with the highest agreement are kept, of equals
-    the first, and of each the candidate of the highest score that gives that answer. Prompts without any are left out.
+    the first, and of each the candidate of the highest S that gives that answer. Prompts without any are left out.
     Votes of equal candidates, which a greedy sampler makes, count each.
     """
     size = scored.rollout.batch.num_generations

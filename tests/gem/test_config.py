@@ -58,7 +58,7 @@ def test_every_setting_survives_saving(tmp_path):
 
 
 def test_every_number_has_a_checked_range():
-    """A new numeric setting without a range would let nonsense through: -1 must be refused for each (-1e6 for lambda)."""
+    """A new numeric setting without a range would let nonsense through: -1 is refused for each (-1e6 for lambda)."""
     for name, field in TrainConfig.model_fields.items():
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             with pytest.raises(UserError, match=name):
@@ -108,6 +108,16 @@ def test_a_preset_gives_defaults_that_the_file_and_flags_stand_over(tmp_path):
     assert build_config(NEEDED) == build_config({**NEEDED, "preset": "paper"})
     with pytest.raises(UserError, match="paper, safe"):
         build_config({**NEEDED, "preset": "wild"})
+
+
+def test_the_presets_say_what_is_asked_of_a_score():
+    """`paper` trains on the published score and warns; `safe` asks the pairs first and never saves a worse model."""
+    paper, safe = (build_config({**NEEDED, "preset": name}) for name in ("paper", "safe"))
+    assert (paper.score, paper.gate, paper.keep_best, paper.guards) == ("paper", "warn", False, "off")
+    assert (safe.score, safe.gate, safe.keep_best, safe.guards) == ("calibrated", "stop", True, "stop")
+    assert (
+        paper.uses_score and not paper.changed(objective="dpo").uses_score and not safe.changed(max_steps=0).uses_score
+    )
 
 
 def test_lists_of_names():
