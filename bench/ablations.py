@@ -33,11 +33,11 @@ from gem.demo.run import demo_model
 from gem.errors import UserError
 from gem.evaluation.evaluate import reward_differences
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.model import load as models
 from gem.model.forward import Policy, pair_logprobs
 from gem.rollout.sample import roll_out
 from gem.statistics import bootstrap_interval
-from gem.train import train
 
 # Meant for all rows and three seeds in half an hour on 2 free CPU cores (estimated, not measured).
 SETTINGS: dict[str, Any] = {

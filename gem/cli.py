@@ -1,4 +1,4 @@
-"""The command line: gem train | calibrate | score | evaluate | report | config | data | demo.
+"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
 
 A user's mistake exits with 2.
 """
@@ -11,15 +11,20 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
-from gem.config.settings import SCORE_FEATURES, SYSTEM_PROMPT
+from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
+
+# A command that has a setting as a flag has its default too.
+DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
+SPAN = ",".join(DEFAULT.answer_span)
 
 # Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
 app = typer.Typer(
@@ -45,6 +50,9 @@ Marker = Annotated[str, typer.Option(help="What stands before the final answer."
 Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Out = Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")]
+ScoreFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A score.json; none: the paper's score.")]
+Length = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,8 +90,8 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
+    from gem.loop import report, train
     from gem.parallel.processes import is_main, shut_down
-    from gem.train import report, train
 
     console = Console()
     try:
@@ -102,22 +110,24 @@ def calibrate_command(
     features: Annotated[str, typer.Option(help="Of the score, commas between.")] = ",".join(SCORE_FEATURES),
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
     eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
-    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
-    fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = 1.0,
-    top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = 0.1,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    split: Split = "train",
-    prompt_column: Column = "prompt",
-    chosen_column: Other = "chosen",
-    rejected_column: Other = "rejected",
-    answer_column: Other = "answer",
+    max_completion_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of one.")
+    ] = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
+    fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = DEFAULT.fork_weight,
+    top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = DEFAULT.top_m,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.train_split,
+    prompt_column: Column = DEFAULT.prompt_column,
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
     skip_bad: SkipBad = False,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
 ) -> None:
     """Fit a score to the given pairs, test it, and say whether to trust it.
 
@@ -131,7 +141,7 @@ def calibrate_command(
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
-    _check_new_file(out)
+    _check_out(out)
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
     names = tuple(name.strip() for name in features.split(",") if name.strip())
@@ -157,59 +167,91 @@ def calibrate_command(
 def score_command(
     model: Model,
     data: Source,
-    out: Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")] = None,
-    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Score so many sampled answers per prompt.")] = 0,
-    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = 1.0,
-    fork_weight: Annotated[float, typer.Option(min=0.0, help="S = -H_final + fork_weight * H_fork.")] = 1.0,
-    top_m: Annotated[float, typer.Option(help="Share of the reasoning tokens in H_fork.")] = 0.1,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    split: Split = "train",
+    out: Out = None,
+    score: ScoreFile = None,
+    sample: Annotated[int, typer.Option(metavar="N", min=0, help="Sample and score so many answers per prompt.")] = 0,
+    best: Annotated[bool, typer.Option("--best", help="Of those, write the one of the highest score.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Each token's entropy and log-prob too.")] = False,
+    top: Annotated[int, typer.Option(metavar="K", min=0, help="With --tokens: K likeliest alternatives.")] = 0,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
+    fork_weight: Annotated[float, typer.Option(metavar="X", help="S = -H_final + X * H_fork.")] = DEFAULT.fork_weight,
+    top_m: Annotated[float, typer.Option(metavar="X", help="Share of reasoning tokens in H_fork.")] = DEFAULT.top_m,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.train_split,
     prompt_column: Annotated[
         str, typer.Option(metavar="NAME", help="Also --completion-, --chosen-, --rejected-, --answer-column.")
-    ] = "prompt",
+    ] = DEFAULT.prompt_column,
     completion_column: Other = "completion",
-    chosen_column: Other = "chosen",
-    rejected_column: Other = "rejected",
-    answer_column: Other = "answer",
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
     skip_bad: SkipBad = False,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
 ) -> None:
-    """Score answers by their token entropies; writes one JSON line for each answer.
+    """Score answers: one JSON line for each, which gem report shows.
 
     Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
-    from gem.config.settings import Sampling, Scoring
-    from gem.evaluation.score_file import load_score_rows, score_given, score_sampled
-    from gem.progress import progress
+    from gem.config.use import ScoreSettings
+    from gem.use.score import score_data
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
+    _check_out(out)
+    bad = "skip" if skip_bad else "error"
+    settings = ScoreSettings(
+        num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
+        temperature=temperature, fork_weight=fork_weight, top_m=top_m, answer_span=answer_span,
+        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
+        completion_column=completion_column, chosen_column=chosen_column, rejected_column=rejected_column,
+        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    _write_rows(score_data(model, data, settings, score, Console(stderr=True)), out)
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="None, or -: from standard input.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSONL file of the candidates.")] = None,
+    score: ScoreFile = None,
+    sample: Annotated[int, typer.Option(metavar="N", min=1, help="So many candidates.")] = 1,
+    best: Annotated[bool, typer.Option("--best", help="Print the one of the highest score alone.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Each token's entropy and log-prob too.")] = False,
+    top: Annotated[int, typer.Option(metavar="K", min=0, help="With --tokens, in --out: K alternatives.")] = 0,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0.0, help="Of the sampler; none: 0 for one candidate, else 1.")
+    ] = None,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Answer one prompt, in the model's chat format; of several candidates the best one by its score, with --best.
+
+    The answer goes to standard output, what is known of it to standard error.
+    """
+    from gem.config.use import GenerateSettings
+    from gem.use.generate import generate, print_answers, read_prompt
+
+    _check_out(out)
+    given = {} if temperature is None else {"temperature": temperature}
+    settings = GenerateSettings(
+        num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
+        answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, seed=seed, device=device,
+        **given,
+    )  # fmt: skip
+    rows = generate(model, read_prompt(prompt), settings, score, Console(stderr=True))
     if out is not None:
-        _check_new_file(out)
-    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
-    console = Console(stderr=True)
-    source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
-    room = max_completion_length if sample else None
-    rows, report = load_score_rows(
-        data, form, context, settings, completion_column=completion_column, split=split, room=room
-    )
-    _show(report, console)
-    policy, form = _load(source, form, device)
-    scoring = Scoring(fork_weight=fork_weight, top_m=top_m)
-    with progress(console, "Scoring", len(rows)) as bar:
-        if sample:
-            sampling = Sampling(
-                num_generations=sample, max_completion_length=max_completion_length, temperature=temperature
-            )
-            results = score_sampled(policy, form, rows, scoring, sampling, batch_size=batch_size, seed=seed, bar=bar)
-        else:
-            results = score_given(policy, form, rows, scoring, batch_size=batch_size, bar=bar)
-        _write_rows(results, out)
+        _write_rows(rows, out)
+    print_answers(rows, tokens)
 
 
 @app.command("evaluate")
@@ -218,72 +260,50 @@ def evaluate_command(
     data: Source,
     reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
-    beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = 0.1,
+    beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
     generate: Annotated[int, typer.Option(metavar="N", min=0, help="Problems answered greedily.")] = 0,
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts with scored candidates.")] = 0,
-    num_generations: Annotated[int, typer.Option(metavar="N", min=1, help="Candidates of each.")] = 4,
-    max_completion_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens.")] = 256,
-    answer_span: Span = "marker",
-    answer_marker: Marker = "Final Answer:",
-    system_prompt: System = SYSTEM_PROMPT,
-    split: Split = "test",
-    prompt_column: Column = "prompt",
-    chosen_column: Other = "chosen",
-    rejected_column: Other = "rejected",
-    answer_column: Other = "answer",
+    num_generations: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Candidates of each.")
+    ] = DEFAULT.num_generations,
+    max_completion_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens.")
+    ] = DEFAULT.max_completion_length,
+    answer_span: Span = SPAN,
+    answer_marker: Marker = DEFAULT.answer_marker,
+    system_prompt: System = DEFAULT.system_prompt,
+    split: Split = DEFAULT.eval_split,
+    prompt_column: Column = DEFAULT.prompt_column,
+    chosen_column: Other = DEFAULT.chosen_column,
+    rejected_column: Other = DEFAULT.rejected_column,
+    answer_column: Other = DEFAULT.answer_column,
     skip_bad: SkipBad = False,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
+    batch_size: BatchSize = DEFAULT.eval_batch_size,
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Preference accuracy on pairs and its calibration; answer accuracy and scores on request.
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
-    from gem.config.settings import EvaluationSettings, Sampling, Scoring
-    from gem.data.pairs import load_pairs
-    from gem.evaluation.evaluate import CandidateSettings, evaluate
+    from gem.config.use import EvaluateSettings
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.model.forward import pair_logprobs
+    from gem.use.evaluate import evaluate_data
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
-    if reduction == "relative" and reference is None:
-        raise UserError("--reduction relative: name the model to compare with by --reference")
     if not beta > 0:
         raise UserError(f"--beta: expected more than 0, got {beta}")
-    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
-    console = Console(stderr=True)
-    text = _text_settings(system_prompt, answer_span, answer_marker)
-    source, form, context = _open(model, text, console)
-    room = max_completion_length if generate or sample else 0
-    pairs, report = load_pairs(data, form, context, settings, split, room=room)
-    _show(report, console)
-    start = None
-    if reference is not None:
-        other, other_form, _ = _open(reference, text, console)
-        if other_form.tokenizer.get_vocab() != form.tokenizer.get_vocab():
-            raise UserError(
-                f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from"
-            )
-        start = pair_logprobs(_load(other, form, device)[0], pairs, pad_id=form.pad_id, batch_size=batch_size)
-    policy, form = _load(source, form, device)
-    result = evaluate(
-        policy,
-        form,
-        pairs,
-        EvaluationSettings(
-            eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
-        ),
-        CandidateSettings(
-            Sampling(num_generations=num_generations, max_completion_length=max_completion_length), Scoring()
-        ),
-        console=console,
-        name=Path(data).name,
-        reduction=reduction,
-        reference=start,
-    )
+    bad = "skip" if skip_bad else "error"
+    settings = EvaluateSettings(
+        preference_reduction=reduction, dpo_beta=beta, eval_generate=generate, eval_sample=sample,
+        num_generations=num_generations, max_completion_length=max_completion_length, answer_span=answer_span,
+        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
+        chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
+        overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    result = evaluate_data(model, data, settings, reference, Console(stderr=True))
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
     else:
@@ -356,13 +376,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _check_new_file(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"--out: {out} exists; name a new file or remove it first")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out: the directory {out.parent} does not exist")
-
-
 def _row_settings(prompt: str, chosen: str, rejected: str, answer: str, skip_bad: bool):
     """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
     from gem.config.settings import RowSettings
@@ -403,7 +416,14 @@ def _load(source, form, device: str):
 
 def _show(report, console: Console) -> None:
     if str(report):
-        console.print(str(report), highlight=False, soft_wrap=True)
+        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise UserError(f"--out: {out} exists; name a new file or remove it first")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out: the directory {out.parent} does not exist")
 
 
 def _write_rows(rows, out: Path | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def not_compiled(function):
     return function
 
 
-def fail(name: str, expected: str, got: Any) -> None:
+def fail(name: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"`{name}` must be {expected}, got {got}")
 
 
@@ -51,6 +51,14 @@ def check_floating(name: str, value: Any) -> None:
         fail(name, "a floating-point tensor", getattr(value, "dtype", type(value).__name__))
 
 
+def shown(value: Any) -> str:
+    """Its repr, on one line of bounded length."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         fail(name, f"one of {', '.join(map(repr, choices))}", repr(value))
@@ -58,13 +66,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_number(name: str, value: Any, *, above: float = -math.inf) -> None:
     """A finite Python number, greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
-        fail(name, "a finite number" + (f" above {above:g}" if above > -math.inf else ""), repr(value))
+    try:
+        fine = (
+            not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > above
+        )
+    except OverflowError:  # an integer that is no float
+        fine = False
+    if not fine:
+        fail(name, "a finite number" + (f" above {above:g}" if above > -math.inf else ""), shown(value))
 
 
 def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        fail(name, "an integer of at least 1", repr(value))
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
+        fail(name, "an integer of at least 1" + (" and below 2**63" if isinstance(value, int) else ""), shown(value))
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -72,9 +86,13 @@ def check_flag(name: str, value: Any) -> None:
         fail(name, "True or False", repr(value))
 
 
-def check_ignore_index(ignore_index: Any) -> None:
+def check_ignore_index(ignore_index: Any, targets: Any) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         fail("ignore_index", "an integer", repr(ignore_index))
+    if isinstance(targets, Tensor) and targets.dtype in (torch.int32, torch.int64):
+        info = torch.iinfo(targets.dtype)
+        if not info.min <= ignore_index <= info.max:
+            fail("ignore_index", f"a number that {info.dtype} targets can hold", shown(ignore_index))
 
 
 def check_logits(logits: Any, targets: Any) -> None:
@@ -137,8 +155,8 @@ def top_fraction(top_m: Any) -> tuple[int, int]:
     A float is taken as the decimal it is written as, so 0.29 of 100 is 29 everywhere (29/100 in binary is below 0.29).
     """
     if isinstance(top_m, int) and not isinstance(top_m, bool):
-        if top_m < 1:
-            fail("top_m", "a share in (0, 1] (float) or a count of at least 1 (int)", repr(top_m))
+        if not 1 <= top_m < 2**63:
+            fail("top_m", "a share in (0, 1] (float) or a count of at least 1 and below 2**63 (int)", shown(top_m))
         return top_m, 0
     if not isinstance(top_m, float) or not 0.0 < top_m <= 1.0:
         fail("top_m", "a share in (0, 1] (float) or a count of at least 1 (int)", repr(top_m))

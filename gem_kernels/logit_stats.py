@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-> rows [R1, R2, V], a copy only where no view will do, and targets [N] int64."""
     rows = row_view(logits)
     if rows is None:
-        rows = row_view(logits.contiguous())
+        rows = row_view(logits.contiguous())  # shaped like the view of a gradient, which is walked beside it
+        assert rows is not None
     return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 
@@ -49,7 +50,8 @@ def row_stats_op(
     check_values(targets, options, logits.shape[-1])
     out = rows_forward(*_flat_rows(logits, targets), options)
     # Four results of their own: an operator may not return views of one buffer.
-    return tuple(x.reshape(targets.shape).clone() for x in out)
+    logprobs, entropy, row_max, log_sum = (x.reshape(targets.shape).clone() for x in out)
+    return logprobs, entropy, row_max, log_sum
 
 
 @row_stats_op.register_fake
@@ -64,11 +66,14 @@ AFTER_LOGITS = (
 )
 
 
-def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat) -> None:
+def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat: Any) -> None:
     """dL/dlogits to `grad`, which may be `logits`."""
-    *options, row_max, log_sum, entropy, a, b, backend = flat
+    temperature, temperatures, softcap, ignore_index, row_max, log_sum, entropy, a, b, backend = flat
+    options = RowOptions(temperature, temperatures, softcap, ignore_index, backend)
+    into = row_view(grad)
+    assert into is not None
     vectors = RowGradients(*(x.reshape(-1).contiguous() for x in (entropy, row_max, log_sum, a, b)))
-    rows_backward(row_view(grad), *_flat_rows(logits, targets), RowOptions(*options, backend), vectors)
+    rows_backward(into, *_flat_rows(logits, targets), options, vectors)
 
 
 @torch.library.custom_op(
@@ -142,7 +147,8 @@ def token_stats(
 
     Nothing of the size of the logits is allocated forward (a copy is made only of logits whose last axis is strided,
     or whose leading axes cannot be walked with two strides). The entropy is computed from shifted logits and keeps its
-    digits on confident rows. A logit of -inf is a probability of 0. A row holding NaN or +inf, or only -inf, is NaN.
+    digits on confident rows. A logit of -inf, or at or below -1e30 (bfloat16's or float32's `finfo.min`, say), is a
+    masked word: a probability of 0. A row holding NaN or +inf, or masked words alone, is NaN.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides. Row t predicts `targets[t]`: for a causal model
@@ -173,7 +179,7 @@ def token_stats(
     arguments.check_logits(logits, targets)
     number, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
-    arguments.check_ignore_index(ignore_index)
+    arguments.check_ignore_index(ignore_index, targets)
     arguments.check_flag("inplace_backward", inplace_backward)
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")

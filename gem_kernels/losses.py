@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .types import LinearScore, SegaOutput
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 
 
-def token_counts(targets, completion_mask, cu_seqlens, ignore_index) -> Tensor:
+def token_counts(targets: Tensor, completion_mask: Tensor | None, cu_seqlens: Any, ignore_index: int) -> Tensor:
     """Tokens that count in each sequence, [B] float32."""
     kept = targets != ignore_index
     if completion_mask is not None:
@@ -23,16 +25,18 @@ def token_counts(targets, completion_mask, cu_seqlens, ignore_index) -> Tensor:
     return (running[ends[1:]] - running[ends[:-1]]).float()
 
 
-def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, cu_seqlens: Any) -> Tensor:
     """[B] -> shaped like `targets`: each token the value of its sequence."""
     if completion_mask is not None:
         return values[:, None].expand(targets.shape)
-    token = torch.arange(targets.shape[0], device=targets.device)
+    token = torch.arange(targets.shape[0], dtype=torch.int64, device=targets.device)
     sequence = torch.searchsorted(cu_seqlens[1:].long().contiguous(), token, right=True)
     return values[sequence.clamp(max=values.shape[0] - 1)]
 
 
-def sequence_weights(counts, valid, loss_type, max_completion_length, denominator) -> Tensor:
+def sequence_weights(
+    counts: Tensor, valid: Tensor, loss_type: str, max_completion_length: Any, denominator: float | Tensor | None
+) -> Tensor:
     """c_i / Z, [B] float32; 0 for invalid sequences and where Z is 0."""
     if denominator is not None:
         Z = torch.as_tensor(denominator, dtype=torch.float32, device=counts.device)
@@ -155,6 +159,7 @@ def sega_loss(
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(entropy, stats.logprobs, spans, fork_weight, score)
     if advantages is None:
+        assert group_size is not None
         advantages = group_advantages(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend
         )

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import FEATURES, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
+from .types import FEATURES, FLOOR, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
+
+
+def masked(logits: Tensor) -> Tensor:
+    """A logit at or below FLOOR is -inf, whatever number masks a word. Its gradient passes."""
+    return torch.where(logits <= FLOOR, logits - torch.inf, logits)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -38,7 +43,7 @@ def token_stats(
     kept = targets != ignore_index
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(targets.shape)
     # Ignored rows are replaced, not multiplied by zero, so what they hold can reach neither value nor gradient.
-    z = torch.where(kept[..., None], capped(logits, softcap), torch.zeros((), dtype=logits.dtype))
+    z = torch.where(kept[..., None], capped(masked(logits), softcap), logits.new_zeros(()))
     z = z / temperature[..., None]
     top = z.detach().amax(-1, keepdim=True)
     d = z - top
@@ -128,7 +133,7 @@ def group_advantages(
     """A_i = f(S_i) - mean_group f(S), over the valid members; optionally / (std_group + eps). [B] -> [B]."""
     advantages = torch.zeros_like(scores)
     for begin in range(0, scores.shape[0], group_size):
-        members = torch.arange(begin, begin + group_size, device=scores.device)
+        members = torch.arange(begin, begin + group_size, dtype=torch.int64, device=scores.device)
         if valid is not None:
             members = members[valid[begin : begin + group_size]]
         s = scores[members]
@@ -144,7 +149,7 @@ def group_advantages(
         r = r - r[0]  # equal members become exact zeros before the mean is taken
         a = r - r.mean()
         if scale == "group":
-            a = a / (r.std() + eps)
+            a = torch.where(a == 0, torch.zeros_like(a), a / (r.std() + eps))
         advantages[members] = a
     return advantages
 
@@ -198,13 +203,16 @@ def sega_loss(
     """L = -(1/Z) sum_i A_i c_i sum_t logprob_{i,t}, with everything but the log-probabilities held constant."""
     if completion_mask is not None:
         counted = completion_mask & (targets != ignore_index)
-        sequence = torch.arange(targets.shape[0], device=targets.device)[:, None].expand(targets.shape)
+        sequence = torch.arange(targets.shape[0], dtype=torch.int64, device=targets.device)[:, None].expand(
+            targets.shape
+        )
         n_sequences = targets.shape[0]
     else:
         counted = targets != ignore_index
         n_sequences = cu_seqlens.shape[0] - 1
         sequence = torch.repeat_interleave(
-            torch.arange(n_sequences, device=targets.device), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+            torch.arange(n_sequences, dtype=torch.int64, device=targets.device),
+            (cu_seqlens[1:] - cu_seqlens[:-1]).long(),
         )
     stats = token_stats(
         logits,
@@ -215,7 +223,7 @@ def sega_loss(
     )
     entropy = stats.entropy.detach()
     if answer_start is None:
-        answer_start = torch.full((n_sequences,), -1, device=targets.device)
+        answer_start = torch.full((n_sequences,), -1, dtype=torch.int64, device=targets.device)
     layout = {"completion_mask": completion_mask, "cu_seqlens": cu_seqlens, "answer_start": answer_start}
     options = {"top_m": top_m, "no_answer": no_answer, "valid": valid}
     if score is None:
@@ -228,9 +236,8 @@ def sega_loss(
             scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps
         )
     advantages = torch.where(scores.valid, advantages.detach(), torch.zeros_like(advantages))
-    lengths = torch.zeros(n_sequences, device=targets.device).index_add_(
-        0, sequence[counted], torch.ones(int(counted.sum()), device=targets.device)
-    )
+    lengths = stats.logprobs.new_zeros(n_sequences)
+    lengths.index_add_(0, sequence[counted], lengths.new_ones(int(counted.sum())))
     weights = sequence_weights(lengths, scores.valid, loss_type, max_completion_length, denominator)
     per_token = (-advantages * weights).to(stats.logprobs.dtype)[sequence]
     # A token without weight counts for nothing, were its target impossible.

@@ -97,15 +97,16 @@ def completion_features(
     arguments.check_floating("logprobs", logprobs)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     features, _, ok = _features_and_score(entropy, logprobs, spans, [0.0] * len(FEATURES))
-    return CompletionFeatures(*features.unbind(0), ok)
+    return CompletionFeatures(**dict(zip(FEATURES, features.unbind(0))), valid=ok)
 
 
 @dataclass(frozen=True)
 class Spans:
     """Where the completions and their answers are: arguments of the public functions, as they were given."""
 
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
+    completion_mask: Any
+    """Tensor or None: one of this and `cu_seqlens` is given."""
+    cu_seqlens: Any
     answer_start: Tensor
     top_m: float | int = 0.1
     no_answer: str = "tail"
@@ -257,7 +258,7 @@ def group_advantages(
 
     Returns:
         [B] float32, a constant of the gradient (`scores` is detached). Each group sums to zero. Equal scores, or fewer
-        than two valid members, give exact zeros.
+        than two valid members, give exact zeros, and so does every invalid member, whatever the scores beside it.
 
     Raises:
         ValueError: an argument is not as above.
@@ -282,7 +283,7 @@ def group_advantages(
 
 def counted_targets(targets: Tensor, completion_mask: Tensor | None, ignore_index: int) -> Tensor:
     """`targets`, with those that the mask leaves out replaced by `ignore_index`: their rows are then never read."""
-    arguments.check_ignore_index(ignore_index)
+    arguments.check_ignore_index(ignore_index, targets)
     return targets if completion_mask is None else targets.masked_fill(~completion_mask, ignore_index)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 FLOAT32_MAX = 3.4028234663852886e38
+FLOOR = -1.0e30
+"""A logit at or below it is a masked word and counts as -inf, in every backend."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 # Read when a kernel is defined, so before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# Files that compare no floating-point numbers. `make test-numerics` runs all others again: the mark `numerical`.
+WITHOUT_NUMBERS = [
+    "docs/test_house", "gem/test_arguments", "gem/test_arithmetic", "gem/test_cli", "gem/test_config", "gem/test_data",
+    "gem/test_imports", "kernels/test_imports", "kernels/test_machine_code", "report/test_report_browser",
+    "report/test_report_records",
+]  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).with_suffix("").as_posix() not in WITHOUT_NUMBERS:
+            item.add_marker(pytest.mark.numerical)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make): a folder that make(folder) has filled, once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(base / f"{name}.lock"):
+            if not (base / name).exists():
+                unfinished = Path(tempfile.mkdtemp(dir=base))
+                make(unfinished)
+                unfinished.rename(base / name)
+        return base / name
+
+    return made
 
 
 @pytest.fixture

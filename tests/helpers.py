@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -20,6 +19,7 @@ from gem.data.prompts import text_format
 from gem.model.forward import Policy
 from gem.rollout.sample import given_completions
 from gem.update.optimizer import StepResult, Trainer
+from tests import processes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -100,7 +100,10 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-CPU = Accelerator(cpu=True)
+@functools.cache
+def cpu() -> Accelerator:
+    """Not made on import: a fork makes one of its own, from its own environment."""
+    return Accelerator(cpu=True)
 
 
 TOKENIZER = tiny_tokenizer()
@@ -132,14 +135,14 @@ def rollout_of(num_prompts=4, size=2):
 
 def trainer_of(model, *, learning_rate=1e-3, total_steps=1, **settings):
     settings = OptimizerSettings(**settings)
-    return Trainer(Policy(model), CPU, settings, learning_rate=learning_rate, total_steps=total_steps)
+    return Trainer(Policy(model), cpu(), settings, learning_rate=learning_rate, total_steps=total_steps)
 
 
 class Recorder(Trainer):
     """A trainer that keeps the gradient of its last step and takes none."""
 
     def __init__(self, model, **settings):
-        super().__init__(Policy(model), CPU, OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
+        super().__init__(Policy(model), cpu(), OptimizerSettings(**settings), learning_rate=1e-3, total_steps=1)
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
@@ -174,13 +177,7 @@ def settings(folder, name, **more):
 
 def launch(path, *flags, **environment):
     """Two processes of `gem train`; their output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*command, "-m", "gem", "train", str(path), *flags], env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return processes.run_ranks(2, processes.gem, "train", path, *flags, environment=environment)
 
 
 def rows(run_dir, file="metrics.jsonl"):
@@ -188,9 +185,42 @@ def rows(run_dir, file="metrics.jsonl"):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
 
 
-def assert_close(one, other):
+def assert_close(one, other, tolerance=1e-3):
+    """Rows of metrics: no number is further off than `tolerance` times the largest of its name and stage."""
     assert len(one) == len(other)
+    sizes = collections.defaultdict(float)
+    for row in one:
+        for key, value in row.items():
+            if isinstance(value, float):
+                sizes[row.get("stage"), key] = max(sizes[row.get("stage"), key], abs(value))
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
         for key, value in ((k, v) for k, v in a.items() if k not in TIES):
-            assert b[key] == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key
+            size = sizes.get((a.get("stage"), key))
+            if size is None:
+                assert_near(b[key], value, key)
+            else:
+                assert b[key] == pytest.approx(value, rel=0, abs=tolerance * size), key
+
+
+def assert_same_weights(one, two, rate=RUN["learning_rate"]):
+    """Two trained models, in steps of AdamW: where a gradient is near 0, rounding decides its sign, and the step's."""
+    assert one.keys() == two.keys()
+    apart = {key: (one[key] - two[key]).float() for key in one}
+    for key, difference in apart.items():
+        assert difference.square().mean().sqrt() < 0.3 * rate, key
+    assert torch.cat([difference.flatten() for difference in apart.values()]).square().mean().sqrt() < 0.02 * rate
+
+
+def assert_near(found, value, key):
+    """Floats, in lists and dictionaries too, up to rounding; all else the same."""
+    if isinstance(value, dict):
+        assert found.keys() == value.keys(), key
+        for name in value:
+            assert_near(found[name], value[name], f"{key}/{name}")
+    elif isinstance(value, list):
+        assert len(found) == len(value), key
+        for i, part in enumerate(value):
+            assert_near(found[i], part, f"{key}[{i}]")
+    else:
+        assert found == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key

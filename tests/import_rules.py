@@ -47,6 +47,12 @@ def inner_targets(path: Path, package: str, names: set[str], source: str | None 
     return targets
 
 
+def arrows(package: str) -> dict[str, set[str]]:
+    """Every file of the package -> the files of it that it imports."""
+    present = files(package)
+    return {name: inner_targets(path, package, set(present)) for name, path in present.items()}
+
+
 def stage_of(name: str, stages: list[str]) -> int:
     """The stage of a file: the longest entry that is its name or a folder above it."""
     places = [
@@ -72,3 +78,21 @@ def broken_rules(arrows: dict[str, set[str]], stages: list[str]) -> list[str]:
     while free := {name for name, targets in left.items() if not targets & left.keys()}:
         left = {name: targets for name, targets in left.items() if name not in free}
     return found + ([f"a cycle among {sorted(left)}"] if left else [])
+
+
+FACTORIES = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
+    *("ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
+
+
+def vague_allocations(source: str) -> list[str]:
+    """Calls of torch's factories that leave dtype or device to the caller's defaults."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        if of_torch and node.func.attr in FACTORIES and not {"dtype", "device"} <= {k.arg for k in node.keywords}:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found

@@ -6,14 +6,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gem.config.settings import RowSettings, TrainConfig
 from gem.data.answers import explicit_answer
 from gem.data.batches import TokenizedPair
 from gem.data.prompts import ROLES, Conversation, Prompt, TextFormat
-from gem.data.sources import Row, RowProblem, RowReport, answer_problem, read_rows, report, text_problem
+from gem.data.sources import Row, RowProblem, RowReport, Source, answer_problem, read_rows, report, text_problem
 from gem.errors import UserError
 
 
@@ -27,7 +26,7 @@ class PreferencePair:
 
 
 def load_pairs(
-    source: str | Path,
+    source: Source,
     form: TextFormat,
     context: int | None,
     settings: RowSettings,

@@ -25,8 +25,8 @@ class TextFormat:
     end_of_turn: int  # closes an answer that is given
     end_tokens: tuple[int, ...]  # every one of these ends a completion
     finders: tuple[AnswerFinder, ...]
-    marker: str = "Final Answer:"
-    chain_of_thought: bool = True
+    marker: str
+    chain_of_thought: bool
 
     @property
     def pad_id(self) -> int:

@@ -28,6 +28,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class GivenRows:
+    """Rows that are there, a list of dictionaries or a datasets.Dataset, and what messages call them."""
+
+    name: str
+    rows: Sequence[Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | GivenRows
+
+
+@dataclass(frozen=True)
 class RowProblem:
     where: str
     kind: Literal["bad", "duplicate", "overlong"]
@@ -75,12 +89,15 @@ class RowReport:
         )
 
 
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """Every row of a file (JSONL, JSON, CSV, TSV, Parquet), of a `save_to_disk` directory, or of a dataset on the hub.
+def read_rows(source: Source, split: str = "train") -> list[Row]:
+    """Every row of a file (JSONL, JSON, CSV, TSV, Parquet), of a `save_to_disk` directory, of a dataset on the hub, or
+    of those given.
 
     A file has no split. A hub id may name a configuration ("openai/gsm8k:main"), `split` may be a slice
     ("test[:100]"). Raises `UserError` where the source as a whole cannot be read.
     """
+    if isinstance(source, GivenRows):
+        return [Row(f"{source} row {i}", _object(row)) for i, row in enumerate(source.rows)]
     path = Path(source).expanduser()
     if path.is_file():
         readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
@@ -230,7 +247,7 @@ def answer_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def report(source: str | Path, rows: Sequence[Row], problems: Sequence[RowProblem], settings: RowSettings) -> RowReport:
+def report(source: Source, rows: Sequence[Row], problems: Sequence[RowProblem], settings: RowSettings) -> RowReport:
     """The problems in the order of the rows, as a report that has let pass what the settings let pass."""
     place = {row.where: i for i, row in enumerate(rows)}
     made = RowReport(str(source), len(rows), tuple(sorted(problems, key=lambda p: place[p.where])), settings)

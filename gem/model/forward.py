@@ -49,6 +49,9 @@ from gem_kernels.integrations.transformers import Head, hidden_states_and_head
 
 Output = TypeVar("Output")
 
+# Logits that `top_tokens` holds at once: 64 MiB in fp32.
+_TOP_LOGITS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -88,6 +91,35 @@ def measured_stats(
             groups += found.view(2, -1, size, width).unbind(1)
             advance(bar, len(part.prompt_ids))
     return TokenStats(*torch.cat(processes.gather(groups), 1).unbind(0))
+
+
+@torch.no_grad()
+def top_tokens(
+    policy: Policy, batch: CompletionBatch, k: int, *, temperature: float = 1.0, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens in place of each completion token, likeliest first: ids [B, T, k] int64 and their
+    log-probs fp32 (nats), on the CPU, zero under the padding. `batch_size` prompts a forward.
+
+    Logits exist for `_TOP_LOGITS` numbers at a time.
+    """
+    policy.model.eval()
+    shape = (*batch.completion_ids.shape, k)
+    ids, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float32)
+    for start in range(0, len(batch.prompt_ids), batch_size):
+        stop = min(start + batch_size, len(batch.prompt_ids))
+        part, rows = select_groups(batch, range(start, stop))
+        mask = part.completion_mask
+        hidden, head = completion_hidden(policy, on_device(part, policy.device))
+        counted = hidden[mask.to(hidden.device)]  # [N, D]
+        found = []
+        for chunk in counted.split(max(1, _TOP_LOGITS // len(head.weight))):
+            logits = head.logits(chunk).float() / temperature
+            best = logits.topk(k, dim=-1)
+            found.append((best.indices.cpu(), (best.values - logits.logsumexp(-1, keepdim=True)).cpu()))
+        places = rows[:, None].expand(mask.shape)[mask], torch.arange(mask.shape[1]).expand(mask.shape)[mask]
+        if found:
+            ids[places], logprobs[places] = (torch.cat(parts) for parts in zip(*found))
+    return ids, logprobs
 
 
 @torch.no_grad()

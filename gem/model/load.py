@@ -152,7 +152,7 @@ def load_model_for_training(source: ModelSource, config: PreTrainedConfig, setti
         )
     if settings.gradient_checkpointing:
         try:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         except ValueError as error:
             raise UserError(f"gradient_checkpointing: {_one_line(error)}") from error
     if settings.use_peft and source.adapter:
@@ -162,6 +162,12 @@ def load_model_for_training(source: ModelSource, config: PreTrainedConfig, setti
         if Path(source.name).is_dir():  # the adapter names its model; a relative path would not survive a cd
             model.peft_config["default"].base_model_name_or_path = str(Path(source.name).resolve())
     return model.eval()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Backward recomputes activations. transformers renamed the method in 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def find_device(device: str) -> str:

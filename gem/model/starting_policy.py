@@ -46,6 +46,23 @@ class StartingPolicy:
         finally:
             self._exchange()
 
+    @torch.no_grad()
+    def average_into_model(self, share: float = 0.5) -> None:
+        """The model's weights become (1 - share) * themselves + share * the starting policy's.
+
+        The mean of a model before and after fine-tuning often keeps what both know (WiSE-FT, arXiv 2109.01903). A LoRA
+        adapter that began at nothing is zero in the starting policy; of one that was trained before, A and B are
+        averaged each by itself.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share: expected a number in [0, 1], got {share}")
+        for name, parameter in self._trained():
+            here = processes.local_part(parameter)
+            if self.kept:
+                here.lerp_(self.kept[name].to(here), share)
+            elif "lora_B" in name:  # the adapter is B A: half of B is half of it
+                here.mul_(1 - share)
+
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept, whole and on the CPU; empty where the adapter is disabled. A collective if sharded."""
         if not self.kept:

@@ -27,7 +27,7 @@ from gem.scoring.score import ScoredRollout, score_rollout
 from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP, StepResult, Trainer
-from gem.update.rejection import pick_candidates, rejection_step
+from gem.update.rejection import best_of_each, choose_winners, rejection_step
 from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import LinearScore
@@ -224,8 +224,9 @@ class RejectionSampling(Stage):
     def take_step(self, step: int) -> StepResult:
         scored = self.sample(self.batch(step), step)
         ref = self.reference_logprobs(scored)
-        picks = pick_candidates(scored, self.config.rejection_share)
-        result = rejection_step(self.trainer, scored, picks, pad_id=self.session.form.pad_id)
+        share = self.config.rejection_share
+        winners = best_of_each(scored) if share == 1 else choose_winners(scored, share)
+        result = rejection_step(self.trainer, scored, winners, pad_id=self.session.form.pad_id)
         return self.on_candidates(result, scored, ref)
 
 

@@ -14,18 +14,21 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gem.config.settings import TrainConfig
-from gem.data.answers import decode
+from gem.data.answers import answers_match, decode
 from gem.errors import UserError
 from gem.parallel import processes
+from gem.report.page import visible
+from gem.scoring.records import feature_rows, token_rows
 from gem.scoring.score import ScoredRollout
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -118,16 +121,13 @@ class Tracker:
         for sink in self.sinks:
             sink.write(values, total_steps)
 
-    def samples(self, scored: ScoredRollout, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-        """All candidates of a step to completions.jsonl, and a table of the first prompts' on the console."""
+    def samples(self, rows: Sequence[dict[str, Any]], num_generations: int, step: int) -> None:
+        """All candidates of a step to completions.jsonl, and a table of the first two prompts' on the console."""
         if COMPLETIONS not in self.files:
             return
-        batch = scored.rollout.batch
-        prompts = decode(tokenizer, [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask)])
-        rows = completion_rows(scored, prompts, step)
         for row in rows:
             self.files[COMPLETIONS].write(row)
-        self.console.print(completion_table(rows[: 2 * batch.num_generations], step))
+        self.console.print(completion_table(rows[: 2 * num_generations], step))
 
     def close(self, failed: bool = False) -> None:
         """failed: the run ended with an error, which wandb shows. A second call does nothing."""
@@ -164,24 +164,47 @@ def check_report_to(names: Sequence[str]) -> None:
             raise UserError(f"report_to: {name} is not installed: pip install {name}, or leave it out")
 
 
-def completion_rows(scored: ScoredRollout, prompts: Sequence[str], step: int) -> list[dict[str, Any]]:
+def completion_rows(
+    scored: ScoredRollout,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Mapping[tuple[int, ...], str | None],
+    *,
+    stage: str,
+    step: int,
+    top_m: float | int,
+) -> list[dict[str, Any]]:
+    """A row for each candidate of a step, in the format of `gem.report.records`.
+
+    answers: the known final answer of each prompt, by its token ids. The numbers of tokens are those that the sampler
+    recorded: the step has no forward more for them.
+    """
     rollout, scores = scored.rollout, scored.scores
-    size = rollout.batch.num_generations
-    return [
-        {
+    batch, size = rollout.batch, rollout.batch.num_generations
+    prompt_ids = [tuple(ids[mask].tolist()) for ids, mask in zip(batch.prompt_ids, batch.prompt_mask)]
+    prompts = decode(tokenizer, prompt_ids)
+    features, tokens = feature_rows(scored), token_rows(scored, tokenizer, top_m)
+    rows = []
+    for i, completion in enumerate(rollout.texts):
+        known, answer = answers.get(prompt_ids[i // size]), rollout.spans.answers[i]
+        rows.append({
+            "stage": stage,
             "step": step,
+            "prompt_index": i // size,
+            "candidate": i % size,
             "prompt": prompts[i // size],
-            "completion": rollout.texts[i],
-            "answer": rollout.spans.answers[i],
+            "completion": completion,
+            "answer": answer,
+            "correct": None if known is None else answers_match(answer, known),
             "score": float(scores.score[i]),
             "h_final": float(scores.final_entropy[i]),
             "h_fork": float(scores.fork_entropy[i]),
             "advantage": float(scored.advantages[i]),
             "valid": bool(scores.valid[i]),
             "truncated": bool(rollout.truncated[i]),
-        }
-        for i in range(len(rollout.texts))
-    ]
+            "features": features[i],
+            **tokens[i],
+        })  # fmt: skip
+    return rows
 
 
 def completion_table(rows: Sequence[dict[str, Any]], step: int) -> Table:
@@ -192,17 +215,16 @@ def completion_table(rows: Sequence[dict[str, Any]], step: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in rows:
-        prompt = "" if row["prompt"] == last else _short(row["prompt"])
+        prompt = Text("") if row["prompt"] == last else _short(row["prompt"])
         last = row["prompt"]
         table.add_row(prompt, _short(row["completion"]), f"{row['score']:.3f}", f"{row['advantage']:+.3f}")
     return table
 
 
-def _short(text: str, most: int = 160) -> str:
-    """One line; rich reads brackets as markup, so they are escaped."""
+def _short(text: str, most: int = 160) -> Text:
+    """One line of what a model or a user wrote: no markup of rich's, nothing that drives the terminal."""
     words = " ".join(text.split())
-    words = words if len(words) <= most else words[: most // 2] + " … " + words[-most // 2 :]
-    return words.replace("[", "\\[")
+    return Text(visible(words if len(words) <= most else words[: most // 2] + " … " + words[-most // 2 :]))
 
 
 class _TensorBoard:

@@ -16,6 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gem.config.settings import Scoring
 from gem.scoring.forks import answer_and_reasoning, num_fork_tokens
 from gem_kernels import LinearScore
 
@@ -143,25 +144,23 @@ def pairs_decided(probabilities: Tensor, valid: Tensor) -> float:
     return float(decided[pairs].double().mean()) if bool(pairs.any()) else float("nan")
 
 
-def trim(scores: Tensor, valid: Tensor, method: str, *, mad: float = 3.0, share: float = 0.25) -> Tensor:
-    """`valid` [P, G] less the outliers of each group, by their scores [P, G].
+def trim(scores: Tensor, valid: Tensor, scoring: Scoring) -> Tensor:
+    """`valid` [P, G] less the outliers of each group, by their scores [P, G], as the setting `trim` says.
 
-    "mad": farther from the group's median than `mad` standard deviations, the deviation taken as 1.4826 times the
-    median absolute deviation; nothing where that is 0 (half of the group equal). "rank": the floor(share * n) lowest
-    and as many of the highest of its n valid candidates, of equal ones the first. "none": nothing.
+    "mad": farther from the group's median than `trim_mad` standard deviations, the deviation taken as 1.4826 times the
+    median absolute deviation; nothing where that is 0 (half of the group equal). "rank": the floor(trim_share * n)
+    lowest and as many of the highest of its n valid candidates, of equal ones the first. "none": nothing.
     """
-    if method == "none":
+    if scoring.trim == "none":
         return valid
-    if method == "mad":
+    if scoring.trim == "mad":
         scores = scores.double().masked_fill(~valid, torch.nan)
         distance = (scores - _median(scores)).abs()
-        limit = mad * MAD_TO_SD * _median(distance)
+        limit = scoring.trim_mad * MAD_TO_SD * _median(distance)
         return valid & ~((distance > limit) & (limit > 0))
-    if method != "rank":
-        raise ValueError(f"trim: expected none, mad or rank, got {method!r}")
     place = scores.double().masked_fill(~valid, torch.inf).argsort(dim=1, stable=True).argsort(1)
-    count = valid.sum(1, keepdim=True)
-    cut = count * Fraction(repr(share)).numerator // Fraction(repr(share)).denominator
+    count, share = valid.sum(1, keepdim=True), Fraction(repr(scoring.trim_share))
+    cut = count * share.numerator // share.denominator
     return valid & (place >= cut) & (place < count - cut)
 
 

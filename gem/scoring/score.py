@@ -82,10 +82,7 @@ def rank_candidates(
     linear = linear or paper_score(scoring)
     features = rollout_features(rollout, logprobs, entropy, scoring)
     scores = EntropyScores(features.score(linear), features.final_entropy, features.fork_entropy, features.valid)
-    kept = ranking.trim(
-        scores.score.view(groups), scores.valid.view(groups), scoring.trim,
-        mad=scoring.trim_mad, share=scoring.trim_share,
-    )  # fmt: skip
+    kept = ranking.trim(scores.score.view(groups), scores.valid.view(groups), scoring)
     errors = ranking.score_standard_errors(
         entropy, logprobs, batch.completion_mask, rollout.spans.answer_start, batch.num_generations,
         linear=linear, top_m=scoring.top_m,

@@ -1,12 +1,11 @@
-"""Rejection sampling: SFT on the best candidate of each prompt, by the score; if asked, of the agreed prompts alone."""
+"""Rejection sampling: the model learns its own best candidates, those that its candidates agree on."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from gem.data.answers import normalize_answer
 from gem.data.batches import TokenizedPair
@@ -16,69 +15,108 @@ from gem.update.sft import sft_step
 
 
 @dataclass(frozen=True)
-class Pick:
-    """The candidate of a prompt that is learned: its row, and how far the prompt's candidates agree on an answer."""
+class Winner:
+    """The candidate of a prompt that is learnt."""
 
-    row: int
-    agreement: float
+    row: int  # of the rollout, in [0, P * G)
+    agreement: float  # weighted share of the prompt's candidates that give its answer, in [0, 1]
+    pair: TokenizedPair  # the prompt and the winner, by the sampler's own ids; `rejected_ids` is empty
 
 
-def pick_candidates(scored: ScoredRollout, share: float = 1.0) -> list[Pick]:
-    """The best candidate of each prompt, in the order of the prompts.
+def choose_winners(scored: ScoredRollout, share: float = 1.0) -> list[Winner]:
+    """The candidates to learn, at most one a prompt, of the share of prompts whose candidates agree most.
 
-    S are the rewards: the scores, or their strengths. Candidates that count are valid and have ended. With share = 1
-    the best is the one of the highest S. Below, the answers of a prompt vote, a candidate with weight
+        weight of an answer = sum of e^S over the valid candidates that give it / sum of e^S over all valid ones
+        winner = the highest S among the candidates of the heaviest answer;  agreement = that answer's weight
 
-        v_i = e^(S_i) / sum_j e^(S_j)    over the prompt's candidates that count
-
-    The agreement is the sum of v over the answer that has most of it (answers equal after normalisation; none: no
-    vote, of equals the one given first). The ceil(share * P) prompts with the highest agreement are kept, of equals
-    the first, and of each the candidate of the highest S that gives that answer. Prompts without any are left out.
-    Votes of equal candidates, which a greedy sampler makes, count each.
+    S is the score. Answers are compared after `normalize_answer`; a candidate that was cut off, or has no answer, gives
+    none, and a prompt of which no candidate gives one is left out. Of the prompts left, the ceil(share * their number)
+    with the largest agreement are kept, of equal ones the first, and returned in the order of the prompts.
     """
-    size = scored.rollout.batch.num_generations
-    scores = scored.rewards.view(-1, size).double()
-    kept = scored.scores.valid.view(-1, size) & ~scored.rollout.truncated.view(-1, size)
-    votes = scores.masked_fill(~kept, -torch.inf).softmax(1)
-    picks = []
-    for prompt in range(len(scores)):
-        rows = [i for i in range(size) if kept[prompt, i]]
-        sums: dict[str, float] = {}
-        answers = scored.rollout.spans.answers[prompt * size : (prompt + 1) * size]
-        for i in rows:
-            if answers[i] is not None:
-                key = normalize_answer(answers[i])
-                sums[key] = sums.get(key, 0.0) + float(votes[prompt, i])
-        agreed = max(sums, key=sums.__getitem__) if sums else None
-        if share < 1:
-            rows = [i for i in rows if agreed is not None and answers[i] is not None
-                    and normalize_answer(answers[i]) == agreed]  # fmt: skip
-        if rows:
-            best = max(rows, key=lambda i: float(scores[prompt, i]))
-            picks.append(Pick(prompt * size + best, sums.get(agreed, 0.0)))
-    most = math.ceil(share * len(scores))
-    chosen = sorted(range(len(picks)), key=lambda i: -picks[i].agreement)[:most] if share < 1 else range(len(picks))
-    return [picks[i] for i in sorted(chosen)]
+    batch, scores = scored.rollout.batch, scored.scores
+    size = batch.num_generations
+    found = []
+    for prompt in range(len(batch.prompt_ids)):
+        rows = [row for row in range(prompt * size, (prompt + 1) * size) if bool(scores.valid[row])]
+        if best := _winner(scored, rows):
+            found.append(best)
+    found.sort(key=lambda winner: -winner[1])
+    kept = sorted(found[: math.ceil(share * len(found))])
+    return [Winner(row, agreement, _as_pair(scored, row)) for row, agreement in kept]
 
 
-def rejection_step(trainer: Trainer, scored: ScoredRollout, picks: Sequence[Pick], *, pad_id: int) -> StepResult:
-    """One step on -log p(candidate | prompt), the mean over all tokens of the picked; NO_STEP where none is."""
-    metrics = {"rejection/picked": len(picks) / len(scored.rollout.batch.prompt_ids)}
-    if not picks:
+def best_of_each(scored: ScoredRollout) -> list[Winner]:
+    """The valid candidate of the highest score of each prompt, with an answer or without, in the order of the prompts.
+
+    One that was cut off teaches no end, so it is none. Of equal ones the first; a prompt without any is left out.
+    """
+    size, found = scored.rollout.batch.num_generations, []
+    for start in range(0, len(scored.scores.score), size):
+        valid = [row for row in range(start, start + size) if bool(scored.scores.valid[row])]
+        ended = [row for row in valid if not bool(scored.rollout.truncated[row])]
+        if ended:
+            best = max(ended, key=lambda row: float(scored.scores.score[row]))
+            found.append(Winner(best, _agreement_with(scored, valid, best), _as_pair(scored, best)))
+    return found
+
+
+def rejection_step(trainer: Trainer, scored: ScoredRollout, winners: Sequence[Winner], *, pad_id: int) -> StepResult:
+    """One step on -log p(winner | prompt), the mean over all tokens of the winners; NO_STEP where there is none."""
+    metrics = {"rejection/picked": len(winners) / len(scored.rollout.batch.prompt_ids)}
+    if not winners:
         return replace(NO_STEP, metrics=metrics, note="nothing picked")
-    rows = [pick.row for pick in picks]
+    rows = [winner.row for winner in winners]
     metrics |= {
-        "rejection/agreement": sum(pick.agreement for pick in picks) / len(picks),
-        "rejection/score": float(scored.rewards[rows].mean()),
+        "rejection/agreement": agreement_of(list(winners)),
+        "rejection/score": float(scored.scores.score[rows].double().mean()),
         "rejection/length": float(scored.rollout.batch.lengths[rows].double().mean()),
     }
-    result = sft_step(trainer, [_as_pair(scored, row) for row in rows], pad_id=pad_id)
+    result = sft_step(trainer, [winner.pair for winner in winners], pad_id=pad_id)
     return replace(result, metrics=metrics)
 
 
+def _agreement_with(scored: ScoredRollout, rows: list[int], row: int) -> float:
+    """Weighted share of these candidates that have ended and give the answer of `row`; 0 where it has none."""
+    answers, truncated = scored.rollout.spans.answers, scored.rollout.truncated
+    if answers[row] is None:
+        return 0.0
+    weights = scored.scores.score[rows].double().softmax(0).tolist()
+    same = normalize_answer(answers[row])
+    return sum(
+        weight
+        for i, weight in zip(rows, weights)
+        if answers[i] is not None and not bool(truncated[i]) and normalize_answer(answers[i]) == same
+    )
+
+
+def _winner(scored: ScoredRollout, rows: list[int]) -> tuple[int, float] | None:
+    """(row, agreement) of the valid candidates of one prompt."""
+    if not rows:
+        return None
+    weights = scored.scores.score[rows].double().softmax(0).tolist()
+    answers = scored.rollout.spans.answers
+    votes: dict[str, float] = defaultdict(float)
+    given: dict[str, list[int]] = defaultdict(list)
+    for row, weight in zip(rows, weights):
+        answer = answers[row]
+        if answer is not None and not bool(scored.rollout.truncated[row]):
+            votes[normalize_answer(answer)] += weight
+            given[normalize_answer(answer)].append(row)
+    if not votes:
+        return None
+    heaviest = max(votes, key=lambda answer: votes[answer])
+    best = max(given[heaviest], key=lambda row: float(scored.scores.score[row]))
+    return best, votes[heaviest]
+
+
 def _as_pair(scored: ScoredRollout, row: int) -> TokenizedPair:
-    """The candidate as what SFT learns, by the sampler's own ids."""
     batch = scored.rollout.batch
     prompt = row // batch.num_generations
-    ids = tuple(batch.completion_ids[row][batch.completion_mask[row]].tolist())
-    return TokenizedPair(tuple(batch.prompt_ids[prompt][batch.prompt_mask[prompt]].tolist()), ids, ids, None)
+    prompt_ids = batch.prompt_ids[prompt][batch.prompt_mask[prompt]]
+    completion = batch.completion_ids[row][batch.completion_mask[row]]
+    return TokenizedPair(tuple(prompt_ids.tolist()), tuple(completion.tolist()), (), None)
+
+
+def agreement_of(winners: list[Winner]) -> float:
+    """Mean agreement; NaN without winners."""
+    return sum(winner.agreement for winner in winners) / len(winners) if winners else math.nan

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ..types import FLOOR
+
+__all__ = ["FLOOR", "NO_TARGET", "RowGradients", "RowOptions", "RowStats"]
 
 NO_TARGET = -(2**62)
 """A target for the row kernels alone: the row has statistics and a gradient, but its target is in none of its words.
@@ -61,8 +65,9 @@ class Completions(NamedTuple):
 
     entropy: Tensor
     logprobs: Tensor | None
-    completion_mask: Tensor | None
-    cu_seqlens: Tensor | None
+    completion_mask: Any
+    """Tensor or None: one of this and `cu_seqlens` is given."""
+    cu_seqlens: Any
     answer_start: Tensor
     valid: Tensor | None
 

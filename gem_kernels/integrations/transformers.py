@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ def last_hidden_states(
     for name in ("labels", "adapter_names"):
         if kwargs.get(name) is not None:
             arguments.fail(name, "None (the model's own head does not run)", "a value")
-    tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    tokens: Any = kwargs.get("inputs_embeds") if input_ids is None else input_ids
     arguments.check_tensor("input_ids", tokens)
     kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -126,7 +126,7 @@ def last_hidden_states(
     capture = _Capture(parts.head_module)
     marks = _marks(parts) if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled() else ()
 
-    def leave(*_: Any) -> tuple[Tensor, ...]:
+    def leave(*_: Any) -> tuple[Tensor | None, ...]:
         return (_whole(capture.hidden[-1]) if capture.hidden else None, *marks)
 
     hook = parts.inner.register_forward_hook(leave, prepend=True)
@@ -179,7 +179,7 @@ class _Parts:
 
 
 def _take_apart(model: nn.Module) -> _Parts:
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     peft = sys.modules.get("peft")  # a model of peft's exists only where peft is imported
     causal_lm = inner.get_base_model() if peft and isinstance(inner, peft.PeftModel) else inner
     known = "a transformers causal LM, as it is, under peft, DistributedDataParallel or fully_shard"
@@ -187,7 +187,7 @@ def _take_apart(model: nn.Module) -> _Parts:
         arguments.fail("model", known, type(causal_lm).__name__)
     if inner._compiled_call_impl is not None or causal_lm._compiled_call_impl is not None:
         arguments.fail("model", "not compiled as a whole (compile its base model, `model.model`)", "a compiled model")
-    head_module = causal_lm.get_output_embeddings()
+    head_module: Any = causal_lm.get_output_embeddings()
     if head_module is None or causal_lm.config.is_encoder_decoder:
         arguments.fail("model", known, type(causal_lm).__name__)
     for parent in causal_lm.modules():
@@ -210,7 +210,7 @@ def _scaling(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
     return None, 1.0
 
 
-def _linear(module: nn.Module) -> nn.Linear:
+def _linear(module: Any) -> nn.Linear:
     """The linear layer that `module` amounts to."""
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -256,7 +256,7 @@ def _sharded_owner(parts: _Parts) -> FSDPModule:
     return module
 
 
-def _refuse_sharding(weight: DTensor) -> None:
+def _refuse_sharding(weight: Any) -> NoReturn:
     expected = "a model whose head is whole or sharded by fully_shard alone (no tensor parallelism)"
     arguments.fail("model", expected, f"a weight placed {weight.placements} on {weight.device_mesh}")
 
@@ -270,7 +270,7 @@ class _Capture(nn.Module):
         self.head_module = head_module  # a submodule: FSDP2 looks for its modules during the first forward
         self.through = through
         self.hidden: list[Tensor] = []
-        self.head_dtype: torch.dtype | None = None
+        self.head_dtype: Any = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.through is not None:
@@ -383,15 +383,16 @@ def _probe_ids(causal_lm: PreTrainedModel) -> Tensor:
     spread = [i * V // 64 for i in range(64)]
     ids = [i for i in dict.fromkeys(spread) if i not in special] or [0]
     n = len(PROBE_LOGITS)
-    return torch.tensor([[ids[i * len(ids) // n] for i in range(n)]], device=causal_lm.device)
+    chosen = [ids[i * len(ids) // n] for i in range(n)]
+    return torch.tensor([chosen], dtype=torch.int64, device=causal_lm.device)
 
 
 def _scale_rows(hidden: Tensor, logits: Tensor) -> Tensor:
     """Rows of `hidden`, scaled so that their largest logits are PROBE_LOGITS in turn."""
     logits = logits.double()
     largest = torch.where(logits.isfinite(), logits, 0.0).abs().amax(-1)
-    targets = [PROBE_LOGITS[i % len(PROBE_LOGITS)] or 0.0 for i in range(largest.numel())]
-    targets = torch.tensor(targets, dtype=torch.float64, device=hidden.device).view_as(largest)
+    numbers = [PROBE_LOGITS[i % len(PROBE_LOGITS)] or 0.0 for i in range(largest.numel())]
+    targets = torch.tensor(numbers, dtype=torch.float64, device=hidden.device).view_as(largest)
     factor = torch.where((targets > 0) & (largest > 0), targets / largest, 1.0)
     room = 0.25 * torch.finfo(hidden.dtype).max / hidden.double().abs().amax(-1).clamp_min(1e-30)
     return (hidden.double() * torch.minimum(factor, room).unsqueeze(-1)).to(hidden.dtype)

@@ -64,8 +64,8 @@ def column_norms(gradient: Tensor) -> Tensor:
     if gradient.is_cuda:
         return torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
     # vector_norm(dim=0) walks down the columns: 40 % of the dense products' time (2 cores, n = 2,048, V = 49,152).
-    total = torch.zeros(gradient.shape[1])
-    squares = torch.empty(NORM_ROWS, gradient.shape[1])
+    total = torch.zeros(gradient.shape[1], dtype=torch.float32, device=gradient.device)
+    squares = torch.empty(NORM_ROWS, gradient.shape[1], dtype=torch.float32, device=gradient.device)
     for rows in gradient.split(NORM_ROWS):
         total += torch.square(rows.float(), out=squares[: rows.shape[0]]).sum(0)
     return total.sqrt_()
@@ -96,37 +96,48 @@ class ActiveProducts:
         self.needs_hidden, self.needs_weight = needs
         (V, D), device = weight.shape, weight.device
         # A generator of its own: results repeat, and the caller's random state is left alone.
-        generator = torch.Generator().manual_seed(0)
-        self.directions: Tensor | None = torch.randn(D, RANK, generator=generator).to(device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.randn(D, RANK, generator=generator, dtype=torch.float32, device="cpu")
+        self.directions: Tensor | None = random.to(device)
         """New ones; None where the sketch of the last chunk serves on. The first gives way to the ones."""
         self.chunks = 0
         self.row_signs = _signs(n_rows, generator).to(device)
         self.hidden_signs = _signs(D, generator).to(device)
         self.rows = self.kept = 0
-        self.hidden_error = torch.zeros((), device=device)
-        self.weight_error = torch.zeros(PROBES, V, device=device) if self.needs_weight else None
+        self.hidden_error = torch.zeros((), dtype=torch.float32, device=device)
+        self.weight_error: Any = (
+            torch.zeros(PROBES, V, dtype=torch.float32, device=device) if self.needs_weight else None
+        )
         self.pending: list[tuple[Tensor, Tensor]] = []
         """Factors of dWeight's tail, not added yet: adding them costs a pass over all of dWeight."""
         self.most_pending = max(1, workspace_bytes // (16 * RANK * V))
 
-    def backward(self, gradient, hidden, grad_hidden, grad_weight, targets, weights) -> bool:
+    def backward(
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        grad_hidden: Any,
+        grad_weight: Any,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> bool:
         """As `Products.backward`. False where the chunk is better done whole; then nothing is written."""
         n, V = gradient.shape
         index = active_columns(gradient, targets, weights, self.threshold) if self.threshold > 0 else None
-        whole = index is None or len(index) > DENSE_SHARE * V
         self.rows += n
-        self.kept += n * (V if whole else len(index))
-        if whole:
+        if index is None or len(index) > DENSE_SHARE * V:
+            self.kept += n * V
             return False
+        self.kept += n * len(index)
         hidden = hidden if hidden.is_cuda else hidden.float()
-        total = torch.zeros(hidden.shape, device=hidden.device) if self.needs_hidden else None
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if self.needs_hidden else None
         self._active(gradient, hidden, index, total, grad_weight)
         self._tail(gradient, hidden, index, total, grad_weight)
         if self.needs_hidden:
             grad_hidden.copy_(total)
         return True
 
-    def _active(self, gradient, hidden, index, total, grad_weight) -> None:
+    def _active(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         n, D = hidden.shape
         for part in index.split(max(1, self.workspace_bytes // (8 * max(n, D)))):
             columns = gradient.index_select(1, part)
@@ -135,7 +146,7 @@ class ActiveProducts:
             if self.needs_weight:
                 grad_weight.index_add_(0, part, _mm(columns.t(), hidden))
 
-    def _tail(self, gradient, hidden, index, total, grad_weight) -> None:
+    def _tail(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         if self.directions is not None:
             self.sketch = self._to_words(self.directions.t(), self.weight.t())
             self.sketch[0], self.directions = 1.0, None
@@ -160,21 +171,22 @@ class ActiveProducts:
             if len(self.pending) == self.most_pending:
                 self.add_pending(grad_weight)
 
-    def add_pending(self, grad_weight: Tensor) -> None:
+    def add_pending(self, grad_weight: Any) -> None:
         if self.pending:
             left, right = zip(*self.pending)
             grad_weight.addmm_(torch.cat(left).t(), torch.cat(right))
             self.pending.clear()
 
-    def report(self, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> Report:
+    def report(self, grad_hidden: Any, grad_weight: Any) -> Report:
         """Of the finished gradients, before anything scales them."""
-        share = torch.tensor(self.kept / max(1, self.rows * self.weight.shape[0]), device=self.weight.device)
+        share = self.kept / max(1, self.rows * self.weight.shape[0])
         of_hidden = of_weight = None
         if self.needs_hidden:
             of_hidden = _ratio(self.hidden_error.sqrt(), grad_hidden)
         if self.needs_weight:
             of_weight = _ratio(torch.linalg.vector_norm(self.weight_error) / PROBES**0.5, grad_weight)
-        return Report(share, of_hidden, of_weight)
+        device = self.weight.device
+        return Report(torch.tensor(share, dtype=torch.float32, device=device), of_hidden, of_weight)
 
     # Products in float32. What a CPU must convert first it converts a slice of the vocabulary at a time.
 
@@ -188,7 +200,7 @@ class ActiveProducts:
         """[m, V] @ [V, l], one of m and l few."""
         if x.is_cuda or x.dtype == y.dtype == torch.float32:
             return _mm(x, y)
-        total = torch.zeros(x.shape[0], y.shape[1])
+        total = torch.zeros(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
         size = self._slice(max(x.shape[0], y.shape[1]))
         for part, of_y in zip(x.split(size, 1), y.split(size)):
             total += _mm(part, of_y)
@@ -199,7 +211,8 @@ class ActiveProducts:
 
 
 def _signs(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (n, PROBES), generator=generator).float() * 2 - 1
+    bits = torch.randint(0, 2, (n, PROBES), generator=generator, dtype=torch.int64, device="cpu")
+    return bits.float() * 2 - 1
 
 
 def _ratio(error: Tensor, of: Tensor) -> Tensor:

@@ -129,6 +129,7 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
         dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
         facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, given.ignore_index)
         shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
+        assert shards is not None
         head, V = replace(head, shards=shards), shards.starts[-1]
         scaled = replace(scaled, ignore_index=vocab_parallel.IGNORED)
     elif parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:
@@ -167,7 +168,7 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     arguments.check_number("logit_scale", given.logit_scale, above=0.0)
     softcap = arguments.check_softcap(given.softcap)
     number, temperatures = arguments.check_temperature(given.temperature, targets.shape, hidden.device)
-    arguments.check_ignore_index(given.ignore_index)
+    arguments.check_ignore_index(given.ignore_index, targets)
     logits_dtype = hidden.dtype if given.logits_dtype is None else given.logits_dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)

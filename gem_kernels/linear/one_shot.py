@@ -6,6 +6,8 @@ dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class OneShot:
     def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
         self.products = Products(head, len(rows), needs)
-        self.norms = torch.empty(2, len(rows), device=rows.hidden.device)
+        self.norms = torch.empty(2, len(rows), dtype=torch.float32, device=rows.hidden.device)
         """row_max and log_sum"""
         self.grad_hidden = torch.zeros_like(rows.hidden) if needs[0] else None
 
@@ -102,7 +104,7 @@ def needs_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool,
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
-def reported(report: Report | None) -> dict[str, Tensor | None]:
+def reported(report: Report | None) -> dict[str, Any]:
     """As the fields of the output types."""
     if report is None:
         return {}
@@ -113,7 +115,9 @@ def reported(report: Report | None) -> dict[str, Tensor | None]:
     }
 
 
-def attach(hidden, weight, bias, loss: Tensor, rows: TokenRows, gradients: Gradients) -> Tensor:
+def attach(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, rows: TokenRows, gradients: Gradients
+) -> Tensor:
     grad_hidden = gradients[0]
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden).view(hidden.shape)

@@ -76,8 +76,8 @@ def fused_linear_policy_loss(
     rows = token_rows(hidden.detach(), targets, head, options)
     inputs = _flat_inputs(token_inputs or {}, targets, rows)
     shot = OneShot(rows, head, needs_of(hidden, weight, bias))
-    loss = torch.zeros((), device=hidden.device)
-    out = torch.zeros(2, len(rows), device=hidden.device)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    out = torch.zeros(2, len(rows), dtype=torch.float32, device=hidden.device)
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
         out[:, begin:end] = torch.stack(shot.statistics(begin, end))
@@ -103,7 +103,9 @@ def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: Toke
     return flat
 
 
-def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
+def _token_gradients(
+    token_loss: Callable[..., Tensor], logprobs: Tensor, entropy: Tensor, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a chunk, and its gradient with respect to logprobs and entropy."""
     with torch.enable_grad():
         logprobs.requires_grad_()
@@ -114,10 +116,9 @@ def _token_gradients(token_loss, logprobs: Tensor, entropy: Tensor, inputs: dict
                 "token_loss", "a function that returns a scalar", getattr(loss, "shape", type(loss).__name__)
             )
         loss = loss.reshape(())
+        a = b = None
         if loss.requires_grad:
             a, b = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
-        else:
-            a = b = None
     logprobs.requires_grad_(False)
     entropy.requires_grad_(False)
     zeros = torch.zeros_like(logprobs)

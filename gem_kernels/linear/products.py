@@ -7,6 +7,9 @@ row kernels work on it in place. With G = 2 N D V flop: statistics 1 G; their ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,15 +44,20 @@ class Products:
         self.gradient_workspace = self.workspace
         if any(needs) and head.gradient_dtype != head.logits_dtype:
             self.gradient_workspace = torch.empty(n_rows, self.V, dtype=head.gradient_dtype, device=device)
-        self.grad_weight = torch.zeros(self.V, self.D, device=device) if self.needs_weight else None
-        self.grad_bias = torch.zeros(self.V, device=device) if self.needs_bias else None
+
+        # Tensors where they are needed, else None.
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.grad_weight: Any = zeros(self.V, self.D) if self.needs_weight else None
+        self.grad_bias: Any = zeros(self.V) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
         self.active = None
         if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
             self.active = ActiveProducts(head.weight, n_rows, head.active_vocab, needs[:2], head.workspace_bytes)
 
-    def _slices(self):
+    def _slices(self) -> Iterator[tuple[int, int]]:
         return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class Products:
         """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
         return self.gradient_workspace[:rows]
 
-    def backward(self, gradient: Tensor, chunk: Chunk, grad_hidden: Tensor | None, a: Tensor, b: Tensor) -> None:
+    def backward(self, gradient: Tensor, chunk: Chunk, grad_hidden: Any, a: Tensor, b: Tensor) -> None:
         """dL/dlogits [n, V]: adds to grad_weight and grad_bias, writes grad_hidden [n, D].
 
         a = dL/dlogprob, b = dL/dentropy.
@@ -89,7 +97,7 @@ class Products:
     def _hidden(self, gradient: Tensor, out: Tensor) -> None:
         weight, total = self.head.weight, out
         if not gradient.is_cuda and gradient.shape[0] < FEW_ROWS:
-            total = torch.zeros(out.shape)
+            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v in range(0, self.V, FEW_ROWS_SLICE):
                 total += gradient[:, v : v + FEW_ROWS_SLICE].float() @ weight[v : v + FEW_ROWS_SLICE].float()
         elif gradient.dtype == weight.dtype and (self.reduction is None or weight.dtype == torch.float32):
@@ -97,7 +105,7 @@ class Products:
         elif gradient.is_cuda:
             total = torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
-            total = torch.zeros(out.shape, device=out.device)
+            total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v, w in self._slices():
                 total.addmm_(gradient[:, v:w].float(), weight[v:w].float())
         if self.reduction is not None:
@@ -133,12 +141,13 @@ class Products:
         if self.active is not None:
             self.active.add_pending(self.grad_weight)
         dtype = self.head.weight.dtype
-        return tuple(None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
+        weight, bias = (None if g is None else g.to(dtype) for g in (self.grad_weight, self.grad_bias))
+        return weight, bias
 
 
 def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:
     """Of the whole rows, [len(rows)]; 1 G."""
-    out = torch.zeros(4, len(rows), device=rows.hidden.device)
+    out = torch.zeros(4, len(rows), dtype=torch.float32, device=rows.hidden.device)
     products = Products(head, len(rows), (False, False, False))
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))

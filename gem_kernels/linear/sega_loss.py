@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def fused_linear_sega_loss(
         vocab_parallel, backend, active_vocab,
     )  # fmt: skip
     head, options = check_head(given)
-    B = targets.shape[0] if completion_mask is not None else cu_seqlens.shape[0] - 1
+    B = arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
     check_loss(
         loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B,
         targets.device,
@@ -95,7 +95,7 @@ def fused_linear_sega_loss(
         answer_start = torch.full((B,), -1, dtype=torch.int64, device=targets.device)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     batch = _Batch(B, targets, spans, fork_weight, score)
-    if advantages is None and B % group_size:
+    if advantages is None and B % cast(int, group_size):
         arguments.fail("group_size", f"a divisor of the number of sequences, {B}", group_size)
     rows = token_rows(hidden.detach(), targets, head, options)
     # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
@@ -137,7 +137,7 @@ class _Batch:
         end = self.B if end is None else end
         spans, tokens = self.spans, slice(None)
         if (begin, end) != (0, self.B):  # a slice of everything would hide a wrong length
-            part = {"answer_start": spans.answer_start[begin:end]}
+            part: dict[str, Any] = {"answer_start": spans.answer_start[begin:end]}
             part["valid"] = None if spans.valid is None else spans.valid[begin:end]
             if spans.completion_mask is not None:
                 tokens, part["completion_mask"] = slice(begin, end), spans.completion_mask[begin:end]
@@ -149,13 +149,15 @@ class _Batch:
 
     def sequence_of(self, rows: TokenRows) -> Tensor:
         """The sequence each of the rows is in."""
-        token = torch.arange(rows.total, device=self.targets.device) if rows.kept is None else rows.kept
+        token = rows.kept
+        if token is None:
+            token = torch.arange(rows.total, dtype=torch.int64, device=self.targets.device)
         if self.spans.completion_mask is not None:
             return token // max(1, self.targets.shape[1])
         ends = self.spans.cu_seqlens[1:].long().contiguous()
         return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
 
-    def group_bounds(self, group_size: int, rows: TokenRows) -> list[int]:
+    def group_bounds(self, group_size: Any, rows: TokenRows) -> list[int]:
         """Rows at which groups begin, and where the last ends."""
         if self.spans.completion_mask is not None:
             T = self.targets.shape[1]
@@ -164,21 +166,28 @@ class _Batch:
             self.host_offsets = self.spans.cu_seqlens.tolist()
             bounds = self.host_offsets[::group_size]
         if rows.kept is not None:
-            bounds = torch.searchsorted(rows.kept, torch.tensor(bounds)).tolist()
+            bounds = torch.searchsorted(rows.kept, rows.kept.new_tensor(bounds)).tolist()
         return bounds
 
 
 @dataclass(frozen=True)
 class _Grouping:
-    size: int | None
+    size: Any
     mapping: str
     scale: str
     eps: float
     backend: str
 
     def advantages(self, scores: EntropyScores) -> Tensor:
-        options = {"mapping": self.mapping, "scale": self.scale, "eps": self.eps, "backend": self.backend}
-        return group_advantages(scores.score, self.size, valid=scores.valid, **options)
+        return group_advantages(
+            scores.score,
+            self.size,
+            valid=scores.valid,
+            mapping=self.mapping,
+            scale=self.scale,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
 
 @dataclass(frozen=True)
@@ -232,11 +241,12 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     batch, rows, weights, advantages = call.batch, call.rows, call.weights, call.advantages
     shot = OneShot(rows, call.head, call.needs)
     sequence = batch.sequence_of(rows)
-    logprobs, entropy = torch.zeros(2, len(rows), device=weights.device).unbind()
+    logprobs, entropy = torch.zeros(2, len(rows), dtype=torch.float32, device=weights.device).unbind()
     known = torch.zeros(2, rows.total, dtype=torch.float32, device=weights.device)  # log-probs, entropies
-    loss = torch.zeros((), device=weights.device)
+    loss = torch.zeros((), dtype=torch.float32, device=weights.device)
     step = call.head.rows_per_chunk
-    if call.advantages is not None:
+    runs: list[tuple[int, int, slice | None]]
+    if advantages is not None:
         runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
     else:
         size = call.group.size
@@ -249,7 +259,8 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
         if sequences is not None:
             at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
             known[0, at], known[1, at] = logprobs[begin:end], entropy[begin:end]
-            scores = batch.scores(*known.view(2, *batch.targets.shape), sequences.start, sequences.stop)
+            all_logprobs, all_entropy = known.view(2, *batch.targets.shape).unbind()
+            scores = batch.scores(all_logprobs, all_entropy, sequences.start, sequences.stop)
             advantages[sequences] = call.group.advantages(scores)
         a = (-advantages * weights)[sequence[begin:end]]
         loss += weighted_sum(a, logprobs[begin:end])
@@ -269,7 +280,8 @@ def _two_phase(call: _Call, bounds: list[int]) -> _Made:
     advantages = call.group.advantages(batch.scores(logprobs, entropy))
     a = (-advantages * call.weights)[batch.sequence_of(rows)]
     loss = weighted_sum(a, stats.logprobs)
-    gradients, report = (None, None, None), None
+    gradients: Gradients = (None, None, None)
+    report = None
     if any(call.needs):
         vectors = RowGradients(*stats[1:], a, torch.zeros_like(a))
         gradients, report = statistics_backward(rows, call.head, vectors, call.needs)

@@ -31,14 +31,11 @@ from torch import Tensor
 
 from .. import arguments
 from ..backends.types import NO_TARGET, RowOptions, RowStats
-from ..types import VocabParallel
+from ..types import FLOOR, VocabParallel
 
 # Local marks; no word of a shard has such a number.
 IGNORED = -100
 OUTSIDE = -1
-
-# The row kernels take logits down to here for -inf.
-FLOOR = -1.0e30
 
 
 def _gather(out: Tensor, part: Tensor, group: Any) -> None:
@@ -193,9 +190,9 @@ def meet(parallel: VocabParallel, facts: tuple[int, ...] | None, targets: Any, i
         size, tokens, *rest = facts
         mine = torch.tensor([1, size, tokens, 0, *rest], dtype=torch.int64, device=device)
         mine[3] = targets.sum()
-    everyone = mine.new_empty(count, mine.shape[0])
-    _gather(everyone, mine, process_group)
-    everyone = everyone.tolist()
+    gathered = mine.new_empty(count, mine.shape[0])
+    _gather(gathered, mine, process_group)
+    everyone = gathered.tolist()
     if facts is None:
         return None
     for r, (fine, *theirs) in enumerate(everyone):

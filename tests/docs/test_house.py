@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.conftest import WITHOUT_NUMBERS
+
 ROOT = Path(__file__).parents[2]
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
 
@@ -28,6 +30,14 @@ def test_ci_is_the_command_people_run():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+
+
+def test_only_files_without_numbers_are_run_once():
+    """What `make test-numerics` leaves out is there, and has no tolerance in it."""
+    assert WITHOUT_NUMBERS
+    for name in WITHOUT_NUMBERS:
+        source = (ROOT / "tests" / f"{name}.py").read_text()
+        assert name == "docs/test_house" or not re.search(r"assert_close|allclose|approx\(|[ar]tol", source), name
 
 
 def test_issue_forms_ask_for_something():

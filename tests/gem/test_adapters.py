@@ -15,6 +15,7 @@ from gem.config.settings import Lora
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.model.load import (
     find_attention,
     find_model,
@@ -26,8 +27,8 @@ from gem.model.load import (
 )
 from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
 from gem.run import checkpoint
-from gem.train import train
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.kernels.helpers import assert_near
 
 IDS = torch.tensor([tiny_tokenizer().encode("2 + 2 = 4")])
 
@@ -99,7 +100,7 @@ def test_an_adapter_is_saved_and_opens_with_every_loader(tmp_path):
     assert load_tokenizer(saved).chat_template == tiny_tokenizer().chat_template
     merged = load_model(saved, load_model_config(saved), device="cpu")
     assert not is_adapted(merged) and all(p.requires_grad for p in merged.parameters())
-    torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert_near(merged(IDS).logits, logits)
     # A run on top of it goes on with the same adapter.
     again = load_model_for_training(saved, load_model_config(saved), config)
     torch.testing.assert_close(again(IDS).logits, logits)
@@ -116,7 +117,7 @@ def test_under_a_gguf_file_the_merged_weights_are_saved(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert set(merged_state_dict(model)) == set(model.get_base_model().__class__(model.config).state_dict())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert_near(opened(IDS).logits, model(IDS).logits)
 
 
 def test_foreign_adapters_are_refused(tmp_path):

@@ -84,7 +84,7 @@ def test_exchanging_the_answers_mirrors_the_accuracy():
     swapped = [dataclasses.replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
     one, other = (preference_accuracy(pairs) for pairs in (PAIRS, swapped))
     assert one.accuracy + other.accuracy == pytest.approx(1)
-    assert one.margin == pytest.approx(-other.margin, abs=1e-4)
+    assert one.margin == pytest.approx(-other.margin, rel=1e-4)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
@@ -93,7 +93,7 @@ def test_pairs_of_one_prompt_are_not_independent():
     copies = preference_accuracy(PAIRS * 4)
     assert copies.accuracy == one.accuracy and copies.num_pairs == 28
     assert copies.high - copies.low > 0.8 * (one.high - one.low)
-    assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), abs=1e-4)
+    assert (copies.margin_low, copies.margin_high) == pytest.approx((one.margin_low, one.margin_high), rel=1e-4)
 
 
 def test_unknown_answers_and_no_samples_give_no_numbers():

@@ -10,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from gem.config.settings import Lora
 from gem.model import forward
 from gem.model.forward import Policy
+from gem.model.load import checkpoint_activations
 from gem.model.lora import add_lora
 from gem_kernels.integrations.transformers import causal_lm_head
 from tests.helpers import rollout_of, tiny_model
@@ -28,7 +29,7 @@ def group(tmp_path):
 def made(kind):
     model = tiny_model()
     if "checkpointed" in kind:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     if "lora" in kind:
         torch.manual_seed(0)
         model = add_lora(model, Lora(lora_r=4))

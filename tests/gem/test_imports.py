@@ -4,69 +4,24 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from pathlib import Path
 
 import gem_kernels
+from tests import import_rules
+from tests.import_rules import ROOT, broken_rules, files, imports, inner_targets
 
-ROOT = Path(__file__).parents[2]
 INTEGRATION = "gem_kernels.integrations.transformers"
 
 # From the bottom up, in the order the data moves: a room imports only from those before it.
 ROOMS = [
-    *(
-        "errors",
-        "files",
-        "config",
-        "parallel",
-        "progress",
-        "data",
-        "statistics",
-        "model",
-        "rollout",
-        "scoring",
-        "update",
-    ),
-    *("evaluation", "calibration", "run", "train", "report", "demo", "cli", "__main__"),
+    *("errors", "files", "config", "parallel", "progress", "data", "statistics", "model", "rollout", "scoring"),
+    *("update", "evaluation", "calibration", "report", "use", "run", "loop", "demo", "api", "cli", "__main__"),
 ]
 MOST_FLOORS = 12
 MOST_FILES = 8
 
 
-def files() -> dict[str, Path]:
-    """Dotted name within gem -> file, `__init__` left out."""
-    found = {}
-    for path in sorted((ROOT / "gem").rglob("*.py")):
-        if path.name != "__init__.py":
-            found[".".join(path.relative_to(ROOT / "gem").with_suffix("").parts)] = path
-    return found
-
-
-def imports(source: str) -> list[tuple[str, str | None]]:
-    """Every import of a file, inside functions too: (absolute module, imported name or None)."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "write absolute imports"
-            found += [(node.module, alias.name) for alias in node.names]
-    return found
-
-
-def inner_targets(source: str, names: set[str]) -> set[str]:
-    """The files of gem that a file imports; what is none of them, as it was written."""
-    targets = set()
-    for module, name in imports(source):
-        if module.split(".")[0] == "gem":
-            inside = module.removeprefix("gem").removeprefix(".")
-            candidates = [c for c in (f"{inside}.{name}".strip("."), inside) if c in names]
-            targets.add(candidates[0] if candidates else f"{module}:{name}")
-    return targets
-
-
 def arrows() -> dict[str, set[str]]:
-    present = files()
-    return {name: inner_targets(path.read_text(), set(present)) for name, path in present.items()}
+    return import_rules.arrows("gem")
 
 
 def room(name: str) -> str:
@@ -74,17 +29,19 @@ def room(name: str) -> str:
 
 
 def test_every_room_is_in_the_plan():
-    rooms = {room(name) for name in files()}
+    rooms = {room(name) for name in files("gem")}
     assert rooms == set(ROOMS), "name it in ROOMS of tests/gem/test_imports.py, above all that it imports"
     assert len(set(ROOMS)) == len(ROOMS)
 
 
 def test_a_room_imports_only_from_those_below_it():
-    present = files()
-    for name, targets in arrows().items():
-        for target in targets:
-            assert target in present, f"{name} imports {target}: name the file, not the folder"
-            assert ROOMS.index(room(target)) <= ROOMS.index(room(name)), f"{name} imports {target}, which is above it"
+    assert broken_rules(arrows(), ROOMS) == []
+
+
+def test_imports_are_absolute():
+    for name, path in files("gem").items():
+        found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not any(node.level for node in found), f"write absolute imports in {name}"
 
 
 def test_no_cycle_and_few_floors():
@@ -115,7 +72,7 @@ def test_no_folder_is_crowded_and_each_says_what_is_in_it():
 
 @cache
 def kernel_imports() -> dict[str, list[tuple[str, str | None]]]:
-    found = {name: imports(path.read_text()) for name, path in files().items()}
+    found = {name: imports(path, "gem") for name, path in files("gem").items()}
     return {
         name: kernels
         for name, lines in found.items()
@@ -132,7 +89,7 @@ def test_gem_sees_only_public_names_of_gem_kernels():
 
 
 def test_the_rule_sees_every_spelling():
-    names = {"errors", "data.pairs", "data.batches"}
+    names, path = {"errors", "data.pairs", "data.batches"}, ROOT / "gem" / "train.py"
     for line, target in {
         "from gem.data.pairs import load_pairs": "data.pairs",
         "from gem.data import pairs as p": "data.pairs",
@@ -141,4 +98,4 @@ def test_the_rule_sees_every_spelling():
         "from gem.data import load_pairs": "gem.data:load_pairs",
         "import torch": None,
     }.items():
-        assert inner_targets(line, names) == ({target} if target else set())
+        assert inner_targets(path, "gem", names, line) == ({target} if target else set())

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from gem.config.settings import DpoUpdate, Lora, Scoring, SegaUpdate
 from gem.data.batches import TokenizedPair
@@ -18,8 +17,7 @@ from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP
 from gem.update.sega import clip_range, clipped_loss, k3, mean_kl, sega_step
 from tests.helpers import END, FORM, Recorder, encode, rollout_of, tiny_model, trainer_of
-
-CPU = Accelerator(cpu=True)
+from tests.kernels.helpers import assert_near
 
 
 def tokens_of(batch, row):
@@ -213,7 +211,7 @@ def test_dpo_is_float64_autograd():
 
         with torch.no_grad():
             expected = torch.stack([total(start, pair.chosen_ids), total(start, pair.rejected_ids)])
-        torch.testing.assert_close(ref[i].double(), expected, rtol=1e-4, atol=1e-4)
+        assert_near(ref[i].double(), expected)
         margin = total(truth, pair.chosen_ids) - expected[0] - total(truth, pair.rejected_ids) + expected[1]
         loss = loss - torch.log(torch.sigmoid(beta * margin)) / len(pairs)
         won += float(margin > 0) / len(pairs)
@@ -335,7 +333,7 @@ def test_measured_statistics_are_the_statistics_unpadded():
     whole = completion_stats(Policy(model), rollout.batch).logprobs
     for size in (1, 2):
         found = measured_stats(Policy(model), rollout.batch, temperature=1.0, batch_size=size).logprobs
-        torch.testing.assert_close(found, whole.detach(), rtol=1e-4, atol=1e-4)
+        assert_near(found, whole.detach())
         assert bool((found[~rollout.batch.completion_mask] == 0).all())
 
 

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gem.config.settings import Scoring
+from gem.errors import UserError
 from gem.scoring.ranking import (
     best_and_worst,
     bradley_terry,
@@ -166,7 +168,7 @@ def test_laws(group):
 @given(groups(), st.sampled_from([0.0, 0.1, 0.25, 0.49]))
 def test_trimming_by_rank_keeps_the_middle(group, share):
     scores, _, valid = group
-    kept = trim(scores, valid, "rank", share=share)
+    kept = trim(scores, valid, Scoring(trim="rank", trim_share=share))
     n, cut = int(valid.sum()), math.floor(share * int(valid.sum()) + 1e-9)
     assert not (kept & ~valid).any() and int(kept.sum()) == n - 2 * cut
     if kept.any():
@@ -178,14 +180,14 @@ def test_trimming_by_deviation_by_hand():
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 20.0], [1.0, 1.0, 1.0, 9.0, 1.0]])
     valid = torch.ones(2, 5, dtype=torch.bool)
     # Row 0: median 3, deviations 2, 1, 0, 1, 17: MAD 1, limit 3 * 1.4826 = 4.4. Row 1: MAD 0, nothing goes.
-    assert trim(scores, valid, "mad").tolist() == [[True, True, True, True, False], [True] * 5]
-    assert trim(scores, valid, "mad", mad=1.0)[0].tolist() == [False, True, True, True, False]
+    assert trim(scores, valid, Scoring(trim="mad")).tolist() == [[True, True, True, True, False], [True] * 5]
+    assert trim(scores, valid, Scoring(trim="mad", trim_mad=1.0))[0].tolist() == [False, True, True, True, False]
     # An invalid candidate has no say in the median and stays invalid.
     valid[0, 0] = False
-    assert trim(scores, valid, "mad")[0].tolist() == [False, True, True, True, False]
-    assert trim(scores, valid, "none") is valid
-    with pytest.raises(ValueError, match="mad or rank"):
-        trim(scores, valid, "sigma")
+    assert trim(scores, valid, Scoring(trim="mad"))[0].tolist() == [False, True, True, True, False]
+    assert trim(scores, valid, Scoring()) is valid
+    with pytest.raises(UserError, match="none, mad, rank"):
+        trim(scores, valid, Scoring(trim="sigma"))
 
 
 def test_best_and_worst():

@@ -1,183 +1,82 @@
-"""Rejection sampling: which candidate is picked, and what a step on it is; and the weights that a run keeps."""
+"""Which candidates rejection sampling learns, by hand; and the mean of the weights before and after."""
 
-import dataclasses
-import io
-import json
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
-from gem import train as loop
-from gem.config.read import build_config
-from gem.config.settings import Scoring
-from gem.data.batches import TokenizedPair
-from gem.demo.arithmetic import arithmetic_pairs
-from gem.files import write_jsonl
-from gem.model.forward import Policy, completion_stats
+from gem.config.settings import Lora, Scoring
+from gem.model.lora import add_lora
+from gem.model.starting_policy import StartingPolicy
 from gem.rollout.sample import given_completions
-from gem.run.keep_best import changes
-from gem.scoring.score import score_rollout
-from gem.train import train
-from gem.update.rejection import Pick, pick_candidates, rejection_step
-from tests.helpers import END, FORM, Recorder, encode, save_tiny, tiny_model
+from gem.scoring.score import rank_candidates
+from gem.update.rejection import agreement_of, choose_winners
+from gem_kernels import LinearScore
+from tests.helpers import END, FORM, encode, tiny_model
+
+SCORE = LinearScore({"sum_logprob": 1.0})
 
 
-def scored_of(answers, scores, *, ended=None, valid=None):
-    """P x G candidates that give these answers (None: none) and have these scores."""
-    flat = [answer for row in answers for answer in row]
-    ended = [True] * len(flat) if ended is None else ended
-    texts = ["hm" if answer is None else f"so\nFinal Answer: {answer}" for answer in flat]
-    rows = [(*encode(text), *([END] if end else [])) for text, end in zip(texts, ended)]
-    rollout = given_completions(FORM, [encode(f"question {i}") for i in range(len(answers))], rows)
-    scored = score_rollout(Policy(tiny_model()), rollout, Scoring(), batch_size=2)
-    kept = torch.tensor([True] * len(flat) if valid is None else valid)
-    return dataclasses.replace(
-        scored,
-        rewards=torch.tensor([score for row in scores for score in row], dtype=torch.float64),
-        scores=dataclasses.replace(scored.scores, valid=kept),
-    )
+def scored(texts, scores, groups, ended=True):
+    """Candidates with these texts whose score, the log-prob of the whole, is as given."""
+    rows = [[*encode(text), END] if ended else encode(text) for text in texts]
+    prompts = [[5 + i, 6] for i in range(groups)]
+    rollout = given_completions(FORM, prompts, rows)
+    logprobs = torch.zeros(rollout.batch.completion_ids.shape)
+    logprobs[:, 0] = torch.tensor(scores)
+    return rank_candidates(rollout, logprobs, torch.zeros_like(logprobs), Scoring(), SCORE)
 
 
-def test_the_best_of_each_prompt_that_counts_is_picked():
-    answers, scores = [["1", "2", None]] * 3, [[1.0, 3.0, 2.0]] * 3
-    picked = pick_candidates(scored_of(answers, scores))
-    assert [pick.row for pick in picked] == [1, 4, 7]
-    ended = [True, False, True] + [True] * 3 + [False] * 3
-    valid = [True] * 4 + [False] * 2 + [True] * 3
-    picked = pick_candidates(scored_of(answers, scores, ended=ended, valid=valid))
-    assert [pick.row for pick in picked] == [2, 3]  # of the third prompt none has ended
+def test_the_best_of_the_heaviest_answer():
+    """Weights e^0, e^-1, e^-1 and e^-1: answer 7 has one candidate and 0.475, answer 8 three and 0.525."""
+    texts = ["Final Answer: 7", "Final Answer: 8", "a\nFinal Answer: 8", "b\nFinal Answer: $8.00"]
+    (winner,) = choose_winners(scored(texts, [0.0, -1.0, -1.0 + 1e-3, -1.0], 1))
+    assert winner.row == 2
+    assert winner.agreement == pytest.approx(3 / (3 + math.e), abs=1e-3)
+    assert winner.pair.prompt_ids == (5, 6) and winner.pair.sft_ids == (*encode(texts[2]), END)
+    (alone,) = choose_winners(scored(texts, [2.0, -1.0, -1.0, -1.0], 1))
+    assert alone.row == 0 and alone.agreement == pytest.approx(math.e**3 / (math.e**3 + 3))
 
 
-def test_the_agreement_is_the_share_of_the_votes_weighted_by_score():
-    scored = scored_of([["1", "1.0", "2", None]], [[0.0, 0.5, 1.0, -1.0]])
-    (pick,) = pick_candidates(scored, 0.5)
-    e = [math.exp(x) for x in (0.0, 0.5, 1.0, -1.0)]
-    one = "1.0 is 1" if pick.row == 1 else "1.0 is another"
-    expected = (e[0] + e[1]) / sum(e) if one == "1.0 is 1" else e[2] / sum(e)
-    assert pick.agreement == pytest.approx(expected)
+def test_the_share_of_prompts_that_agree_most():
+    texts = ["Final Answer: 1", "Final Answer: 2"] + ["Final Answer: 3"] * 2 + ["no idea"] * 2
+    candidates = scored(texts, [-1.0] * 6, 3)
+    everyone = choose_winners(candidates)
+    assert [(w.row, w.agreement) for w in everyone] == [(0, pytest.approx(0.5)), (2, pytest.approx(1.0))]
+    assert [w.row for w in choose_winners(candidates, 0.5)] == [2]
+    assert agreement_of(everyone) == pytest.approx(0.75) and math.isnan(agreement_of([]))
 
 
-def test_the_prompts_that_agree_most_are_kept_and_the_best_with_the_agreed_answer():
-    answers = [["1", "2", "3"], ["4", "4", "5"], ["6", "6", "6"], [None, None, None]]
-    scores = [[0.0, 0.0, 0.1], [0.1, 0.2, 0.3], [0.0, 0.2, 0.1], [9.0, 9.0, 9.0]]
-    picked = pick_candidates(scored_of(answers, scores), 0.5)
-    assert [pick.row for pick in picked] == [4, 7]  # not row 5, which has the highest score but another answer
-    assert picked[1].agreement == pytest.approx(1.0) and picked[0].agreement < 1
-    assert [pick.row for pick in pick_candidates(scored_of(answers, scores), 0.25)] == [7]
-    assert [pick.row for pick in pick_candidates(scored_of(answers, scores))] == [2, 5, 7, 9]
+def test_what_was_cut_off_has_no_answer():
+    assert choose_winners(scored(["Final Answer: 1", "Final Answer: 1"], [-1.0, -2.0], 1, ended=False)) == []
 
 
-def test_a_step_is_sft_on_the_picked():
-    scored = scored_of([["1", "2"], ["3", None]], [[1.0, 0.0], [0.0, 1.0]])
+def test_the_mean_of_the_weights():
     model = tiny_model()
-    trainer = Recorder(model, micro_batch_size=1)
-    result = rejection_step(trainer, scored, [Pick(0, 1.0), Pick(3, 0.5)], pad_id=FORM.pad_id)
-    got = trainer.gradient
-    rows = [0, 3]
-    stats = completion_stats(Policy(model), scored.rollout.batch).logprobs[rows]
-    number = int(scored.rollout.batch.lengths[rows].sum())
-    loss = -stats.sum() / number
-    loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5) and result.num_tokens == number
-    assert float((got - expected).norm() / expected.norm()) < 1e-4
-    assert result.metrics["rejection/picked"] == 1.0 and result.metrics["rejection/agreement"] == 0.75
-    nothing = rejection_step(trainer, scored, [], pad_id=FORM.pad_id)
-    assert nothing.skipped and nothing.metrics == {"rejection/picked": 0.0}
+    start = StartingPolicy(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    start.average_into_model(0.25)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.75)
+    with pytest.raises(ValueError, match="share"):
+        start.average_into_model(1.5)
 
 
-# A run, and the weights that it keeps.
-
-# Long enough that some of the tiny model's candidates end.
-RUN = {
-    "num_generations": 6, "max_completion_length": 48, "max_steps": 2, "prompts_per_step": 3, "micro_batch_size": 2,
-    "sft_epochs": 2, "sft_batch_size": 4, "sft_learning_rate": 1e-2, "learning_rate": 1e-3, "eval_generate": 0,
-    "eval_sample": 3, "system_prompt": "", "device": "cpu", "gate": "off", "objective": "rejection_sampling",
-    "eval_fraction": 0.25,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rejection")
-    save_tiny(folder / "model")
-    rows = arithmetic_pairs(12)
-    write_jsonl(folder / "pairs.jsonl", rows)
-    write_jsonl(folder / "unknown.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
-    return folder
-
-
-def run(folder, name, data="pairs", resume=False, **more):
-    paths = {"model": folder / "model", "train_file": folder / f"{data}.jsonl", "output_dir": folder / name}
-    config = build_config({**RUN, **{key: str(path) for key, path in paths.items()}, **more})
-    console = Console(file=io.StringIO(), width=400)
-    return train(config, console, resume=resume), console.file.getvalue()
-
-
-def rows_of(result):
-    return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(result):
-    return (result.model_dir / "model.safetensors").read_bytes()
-
-
-def test_a_run_samples_picks_and_learns(folder):
-    result, _ = run(folder, "plain", score="calibrated")
-    steps = [row for row in rows_of(result) if row["stage"] == "rejection sampling"]
-    assert len(steps) == 2 and result.saved == "rejection sampling"
-    assert all(0 <= row["rejection/picked"] <= 1 and "gem/score" in row for row in steps)
-    assert any(row["loss"] > 0 for row in steps if not row.get("skipped"))
-    assert not (result.run_dir / "before-objective").exists()
-
-
-def fall(monkeypatch, value, field="sampled_rates"):
-    """The evaluation after the objective finds this accuracy on every problem, the one before 0.5."""
-
-    def fake(session, state, name, linear=None, real=loop.run_evaluation):
-        found = real(session, state, name, linear)
-        here = 0.5 if name == "SFT" else value
-        return dataclasses.replace(found, **{field: torch.full((3,), here, dtype=torch.float64)})
-
-    monkeypatch.setattr(loop, "run_evaluation", fake)
-
-
-def test_the_weights_of_sft_are_saved_where_accuracy_fell(folder, monkeypatch):
-    only, _ = run(folder, "sft", max_steps=0)
-    trained, _ = run(folder, "trained")
-    fall(monkeypatch, 0.25)
-    result, printed = run(folder, "fell", keep_best=True)
-    assert weights(result) == weights(only) != weights(trained) and result.saved == "SFT"
-    line = "sampled accuracy 0.500 -> 0.250 (difference -0.250 [-0.250, -0.250], 3 cases): the model after SFT is saved"
-    assert f"keep_best: {line}" in printed
-    row = rows_of(result)[-1]
-    assert row["stage"] == "guard" and row["guards"] == ["keep_best"] and row["done"] == line
-    assert not (result.run_dir / "before-objective").exists()
-    report = Console(file=io.StringIO(), width=400)
-    loop.report(result, report)
-    assert "(model/ of SFT, metrics.jsonl" in report.file.getvalue()
-    for value in (0.5, 0.75):
-        fall(monkeypatch, value)
-        result, printed = run(folder, f"kept-{value}", keep_best=True)
-        assert weights(result) == weights(trained) and "the model after rejection sampling is saved" in printed
-        assert all(row["stage"] != "guard" for row in rows_of(result))
-
-
-def test_without_known_answers_preference_and_score_decide(folder, monkeypatch):
-    trained, _ = run(folder, "unknown", data="unknown", score="calibrated", keep_best=True)
-    after, before = trained.evaluations["rejection sampling"], trained.evaluations["SFT"]
-    assert before.sampled_rates is None and before.score_wins is not None
-
-    class Here:
-        config = build_config({"model": "m", "train_file": "t", "output_dir": "o"})
-        eval_pairs = None
-
-    Here.eval_pairs = [TokenizedPair(encode(f"q{i}"), (1, 2), (3, 4), None) for i in range(3)]
-    found = changes(Here, before, after)
-    assert [change.name for change in found] == ["preference accuracy", "pair accuracy of the score"]
-    assert found[0].before == pytest.approx(before.preference.accuracy)
-    assert found[0].after == pytest.approx(after.preference.accuracy)
-    assert found[1].after == pytest.approx(after.score.value)
-    assert found[1].fell == (after.score.value < before.score.value - 1e-9)
+def test_the_mean_with_an_untouched_adapter():
+    """Half of what the adapter adds."""
+    model = add_lora(tiny_model(), Lora(use_peft=True, lora_r=2))
+    start = StartingPolicy(model)
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model(ids).logits
+    module = next(m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "get_delta_weight"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    whole = module.get_delta_weight("default").clone()
+    start.average_into_model()
+    torch.testing.assert_close(module.get_delta_weight("default"), whole / 2)
+    assert not torch.allclose(model(ids).logits, plain)

@@ -18,10 +18,11 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.run import checkpoint
 from gem.run.session import MAY_CHANGE
-from gem.train import train
 from tests.helpers import save_tiny, tiny_model, trainer_of
+from tests.processes import Fork, gem
 
 # LoRA's dropout draws from the generators, and the second adapter weight is random: both must come back.
 RUN = {
@@ -67,21 +68,17 @@ def unbroken(folder):
 
 
 def command(folder, name, *flags):
-    """`gem train` in a process of its own, with one thread."""
+    """The arguments of `gem`."""
     config = {**RUN, **LORA, "model": str(folder / "model"), "train_file": str(folder / "pairs.jsonl")}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**config, "output_dir": str(folder / name)}))
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        [sys.executable, "-m", "gem", "train", str(path), *flags],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return ["train", str(path), *flags]
 
 
-def wait_for(condition, process, seconds=400):
+def wait_for(condition, fork, seconds=400):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stdout.read()
+        assert fork.returncode is None, fork.output
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -90,18 +87,19 @@ def test_killed_at_three_random_moments(folder, unbroken):
     """The first kill waits for a first checkpoint, each later one for a line of metrics; then a random while."""
     run_dir, moments = folder / "killed", random.Random(0)
     for kill in range(3):
-        process = command(folder, "killed", *(["--resume"] if kill else []))
+        fork = Fork(gem, *command(folder, "killed", *(["--resume"] if kill else [])), threads=torch.get_num_threads())
         before = (run_dir / "metrics.jsonl").stat().st_size if kill else 0
         lines = run_dir / "metrics.jsonl"
-        wait_for(lambda: checkpoint.checkpoints(run_dir), process)
-        wait_for(lambda lines=lines, before=before: lines.exists() and lines.stat().st_size != before, process)
+        wait_for(lambda: checkpoint.checkpoints(run_dir), fork)
+        wait_for(lambda lines=lines, before=before: lines.exists() and lines.stat().st_size != before, fork)
         time.sleep(moments.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = command(folder, "killed", "--resume")
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "Continuing from checkpoint-" in output
+        fork.kill()
+        assert fork.returncode == -signal.SIGKILL, fork.output
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    last = [sys.executable, "-m", "gem", *command(folder, "killed", "--resume")]  # a process that no one forked, once
+    done = subprocess.run(last, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Continuing from checkpoint-" in done.stdout
     assert metrics(run_dir) == metrics(unbroken)
     assert (run_dir / "completions.jsonl").read_bytes() == (unbroken / "completions.jsonl").read_bytes()
     assert weights(run_dir) == weights(unbroken)

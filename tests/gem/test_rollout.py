@@ -12,6 +12,7 @@ from gem.model import forward
 from gem.model.forward import Policy, completion_hidden, completion_stats
 from gem.rollout.sample import given_completions, pick_tokens, roll_out, row_keys, sample_tokens, uniforms
 from tests.helpers import FORM, tiny_model, tiny_tokenizer
+from tests.kernels.helpers import assert_near
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -36,11 +37,9 @@ def test_a_batch_gives_what_each_sequence_gives_alone(shared, monkeypatch):
         for i, completion in enumerate(COMPLETIONS):
             truth = alone(PROMPTS[i // 2], completion)
             n = len(completion)
-            torch.testing.assert_close(
-                stats.logprobs[i, :n], truth[torch.arange(n), torch.tensor(completion)], atol=1e-4, rtol=1e-4
-            )
+            assert_near(stats.logprobs[i, :n], truth[torch.arange(n), torch.tensor(completion)])
             entropy = -(truth.exp() * truth).sum(-1)
-            torch.testing.assert_close(stats.entropy[i, :n], entropy, atol=1e-4, rtol=1e-4)
+            assert_near(stats.entropy[i, :n], entropy)
             assert not stats.logprobs[i, n:].any() and not stats.entropy[i, n:].any()
 
 
@@ -159,8 +158,8 @@ def test_recorded_statistics_are_those_of_a_forward():
     with torch.no_grad():
         stats = completion_stats(Policy(MODEL), rollout.batch, temperature=0.7)
     assert len(set(rollout.batch.lengths.tolist())) > 1
-    torch.testing.assert_close(rollout.logprobs, stats.logprobs, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rollout.entropy, stats.entropy, atol=1e-4, rtol=1e-4)
+    assert_near(rollout.logprobs, stats.logprobs)
+    assert_near(rollout.entropy, stats.entropy)
     assert roll(PROMPTS, 2).entropy is None
 
 

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,11 +14,13 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
+from gem.report.records import read_completions
 from gem.run import guards
-from gem.run.tracking import JsonLines, Tracker, check_report_to
-from gem.train import train
+from gem.run.tracking import JsonLines, Tracker, check_report_to, completion_table
 from gem.update.optimizer import Trainer
 from tests.helpers import save_tiny
+from tests.processes import Fork, run_script
 
 RUN = {
     "num_generations": 2, "max_completion_length": 6, "max_steps": 4, "prompts_per_step": 2, "micro_batch_size": 2,
@@ -68,8 +67,25 @@ def test_samples_are_a_table_and_a_file(folder):
     assert [row["step"] for row in rows] == [2] * 4 + [4] * 4
     assert all(abs(rows[i]["advantage"] + rows[i + 1]["advantage"]) < 1e-5 for i in range(0, 8, 2))
     assert all(row["score"] == pytest.approx(row["h_fork"] - row["h_final"], abs=1e-4) for row in rows)
+    completions = read_completions(result.run_dir / "completions.jsonl")
+    assert [one.label for one in completions[:4]] == ["1", "2", "1", "2"] and len({c.group for c in completions}) == 4
+    for row, one in zip(rows, completions):
+        assert row["stage"] == "SEGA" and isinstance(row["correct"], bool) and len(row["features"]) == 9
+        tokens = "".join(row["tokens"])
+        assert tokens == row["completion"] + ("" if row["truncated"] else "<|im_end|>") and one.tokens.text
+        assert len(row["entropy"]) == len(row["logprob"]) == len(row["fork"]) == row["features"]["length"]
+        assert sum(row["logprob"]) == pytest.approx(row["features"]["sum_logprob"], abs=1e-3)
+        assert row["features"]["fork_entropy"] == row["h_fork"]
     shown = console.file.getvalue()
     assert "Samples, step 2" in shown and "Samples, step 4" in shown and f"{rows[0]['score']:.3f}" in shown
+
+
+def test_a_samples_text_is_neither_markup_nor_an_escape_sequence():
+    row = {"prompt": "\\[/b] [red]", "completion": "\x1b[2J[/i]", "score": 1.0, "advantage": 0.5}
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, no_color=True)
+    console.print(completion_table([row], 1))
+    shown = console.file.getvalue()
+    assert "\\[/b] [red]" in shown and "[/i]" in shown and "\x1b[2J" not in shown
 
 
 # `gem` in a process that reaches no other machine, and that ends at the third step: killed when the services
@@ -105,10 +121,10 @@ def gem_process(folder, end, name, service, *flags):
     paths = {"model": folder / "model", "train_file": folder / "pairs.jsonl", "output_dir": folder / name}
     more = {"report_to": [service], "save_steps": 2, "eval_steps": 2}
     path.write_text(yaml.safe_dump({**RUN, **more, **{key: str(path) for key, path in paths.items()}}))
-    env = {**os.environ, "TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, end, "train", str(path), *flags]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
-    return done.returncode, done.stdout
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_MODE": "offline"}
+    fork = Fork(run_script, folder / "script.py", end, "train", path, *flags, environment=environment).wait()
+    return fork.returncode, fork.output
 
 
 def read_tensorboard(run_dir):

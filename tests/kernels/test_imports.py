@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 import gem_kernels
-from tests.import_rules import ROOT, broken_rules, files, imports, inner_targets
+from tests.import_rules import ROOT, arrows, broken_rules, files, imports, inner_targets
 
 PACKAGE = "gem_kernels"
 
@@ -30,11 +31,6 @@ PROMISED = """
     sega_loss fused_linear_sega_loss fused_linear_policy_loss
     TokenStats EntropyScores EntropyScoreOutput SegaOutput PolicyLossOutput VocabParallel
 """
-
-
-def arrows(package: str) -> dict[str, set[str]]:
-    present = files(package)
-    return {name: inner_targets(path, package, set(present)) for name, path in present.items()}
 
 
 def test_a_stage_imports_only_from_stages_above_it():
@@ -119,6 +115,23 @@ def test_gem_kernels_knows_nothing_of_gem_and_little_else():
             allowed |= {name.removeprefix("integrations."), "peft"}
         for module, _ in imports(path, "gem_kernels"):
             assert module.split(".")[0] in allowed, f"gem_kernels/{name} imports {module}"
+
+
+def test_types_are_shipped():
+    data = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["gem_kernels"]
+    assert "py.typed" in data
+    for pattern in data:
+        assert list((ROOT / "gem_kernels").glob(pattern)), f"pyproject.toml: package-data names {pattern}"
+
+
+def test_public_functions_name_every_type():
+    for name in gem_kernels.__all__:
+        if name[0].islower():
+            signature = inspect.signature(getattr(gem_kernels, name))
+            assert signature.return_annotation is not inspect.Signature.empty, name
+            assert all(x.annotation is not inspect.Parameter.empty for x in signature.parameters.values()), name
 
 
 def test_public_names():

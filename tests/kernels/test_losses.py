@@ -10,7 +10,7 @@ import torch
 
 import gem_kernels
 from gem_kernels import reference, sega_loss
-from tests.kernels.helpers import BACKENDS, DTYPES, EPS, make
+from tests.kernels.helpers import BACKENDS, DTYPES, EPS, assert_near, make
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +114,7 @@ def test_against_float64(dtype, loss_type, backend, device):
     out.loss.backward()
     # Of fp32: a sum of 20 log-probs of size 10 and advantages; the deviation of two scores magnifies their rounding.
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(out.advantages.double(), want.advantages.double(), rtol=2e-5, atol=2e-5)
+    assert_near(out.advantages.double(), want.advantages.double(), 4e-5)
     assert torch.equal(out.valid, want.valid)
     size = exact.grad.abs().amax(-1, keepdim=True)
     # 2: the interpreter truncates to bf16 where a GPU rounds to nearest.
@@ -133,7 +133,7 @@ def test_packed_equals_padded(loss_type, backend, device):
     y = sega_loss(packed, targets[mask], cu_seqlens=offsets, **arguments, loss_type=loss_type, backend=backend)
     torch.testing.assert_close(x.loss, y.loss)
     (x.loss + y.loss).backward()
-    torch.testing.assert_close(padded.grad[mask], packed.grad)
+    assert_near(padded.grad[mask], packed.grad, 2.0**-20)
     assert torch.equal(x.advantages, y.advantages)
 
 
@@ -157,7 +157,7 @@ def test_micro_batches_with_a_denominator_change_nothing(loss_type, backend, dev
         out.loss.backward()
         total += out.loss.item()
     assert total == pytest.approx(want.loss.item(), rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-5, atol=1e-8)
+    assert_near(parts.grad, whole.grad)
 
 
 @each_backend

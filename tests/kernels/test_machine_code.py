@@ -24,9 +24,13 @@ def python(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def rows(made_once) -> list[dict]:
     """`--all` counts the inner loops too."""
-    return [json.loads(line) for line in python("-m", "bench.sass", "--all", "--json").splitlines()]
+
+    def make(folder):
+        (folder / "rows.jsonl").write_text(python("-m", "bench.sass", "--all", "--json"))
+
+    return [json.loads(line) for line in (made_once("machine_code", make) / "rows.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +85,22 @@ def launched() -> set[str]:
     return names & kernels
 
 
-def test_the_catalogue_covers_every_kernel_that_is_launched():
-    listed = python(
-        "-c",
-        "from gem_kernels.backends.triton.catalogue import kernels\nprint(*{s.kernel.fn.__name__ for s in kernels()})",
-    )
+CATALOGUE = """
+import json
+from gem_kernels.backends.triton.catalogue import kernels
+print(json.dumps(sorted({s.kernel.fn.__name__ for s in kernels()})))
+"""
+
+
+@pytest.fixture(scope="module")
+def described() -> list[str]:
+    """What CATALOGUE, RUNTIME_ARGUMENTS and KEYS print, a line each, of one process."""
+    return python("-c", CATALOGUE + RUNTIME_ARGUMENTS + KEYS).splitlines()
+
+
+def test_the_catalogue_covers_every_kernel_that_is_launched(described):
     assert len(launched()) >= 5
-    assert launched() == set(listed.split())
+    assert launched() == set(json.loads(described[0]))
     for path in KERNELS.glob("*.py"):
         source = path.read_text()
         for name in jit_functions(path) - launched():
@@ -97,17 +110,20 @@ def test_the_catalogue_covers_every_kernel_that_is_launched():
 RUNTIME_ARGUMENTS = """
 import json
 from gem_kernels.backends.triton import row_stats, span_scores
-for module in (row_stats, span_scores):
-    for name, kernel in vars(module).items():
-        if hasattr(kernel, "params") and not name.startswith("_"):
-            print(json.dumps([name, [[p.name, p.is_constexpr, p.do_not_specialize] for p in kernel.params]]))
+found = {
+    name: [[p.name, p.is_constexpr, p.do_not_specialize] for p in kernel.params]
+    for module in (row_stats, span_scores)
+    for name, kernel in vars(module).items()
+    if hasattr(kernel, "params") and not name.startswith("_")
+}
+print(json.dumps(found))
 """
 SIZES = {"V", "N", "T", "G", "n_inner", "span", "n_splits", "ignore_index", "top_numerator", "top_denominator"}
 
 
-def test_sizes_are_run_time_arguments():
+def test_sizes_are_run_time_arguments(described):
     """Integers are specialized by Triton (1, multiples of 16) unless told otherwise; each would compile again."""
-    kernels = dict(json.loads(line) for line in python("-c", RUNTIME_ARGUMENTS).splitlines())
+    kernels = json.loads(described[1])
     assert {"row_stats_forward", "row_stats_combine", "row_stats_backward", "span_scores", "group_advantages"} <= set(
         kernels
     )
@@ -170,8 +186,8 @@ print(json.dumps([sorted(before), changed, {k: len(v) - len(before[k]) for k, v 
 """
 
 
-def test_nothing_recompiles_when_sizes_or_temperature_change():
-    kernels, changed, more = json.loads(python("-c", KEYS))
+def test_nothing_recompiles_when_sizes_or_temperature_change(described):
+    kernels, changed, more = json.loads(described[2])
     assert kernels == ["group_advantages", "row_stats_backward", "row_stats_forward", "span_scores"]
     assert not changed, "compiled again for another N, T, B, V, stride, temperature, ignore_index, top_m or fork_weight"
     assert more["row_stats_forward"] == 1, "a tensor of temperatures is another kernel; the key sees it"

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gem_kernels
-from gem_kernels import logit_stats
+from gem_kernels import logit_stats, reference
 from gem_kernels.backends.types import RowGradients, RowOptions
-from tests.kernels.helpers import BACKENDS, DTYPES, IGNORE, backward, check, make, upstream
+from tests.kernels.helpers import BACKENDS, DTYPES, IGNORE, assert_near, backward, check, make, upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -304,7 +304,7 @@ def test_in_place_passes_on_to_the_layer_before(backend, device):
         logits = hidden @ weight.t()
         stats = gem_kernels.token_stats(logits, targets, inplace_backward=inplace, backend=backend)
         grads.append(torch.autograd.grad((stats.logprobs - stats.entropy).sum(), weight)[0])
-    torch.testing.assert_close(*grads)
+    assert_near(*grads, 2.0**-20)
 
 
 @each_backend
@@ -456,3 +456,51 @@ def test_rows_more_than_2_to_the_31_elements_apart(axis, backend, tmp_path, devi
     _, z = check(logits, targets, backend=backend, inplace_backward=True)
     assert torch.equal(z.grad, grad) and torch.equal(memory[apart:].view(-1), grad.view(2, V)[1])
     assert os.stat(path).st_blocks * 512 < 2**24, "the file is not sparse: nothing else may have been written"
+
+
+# Masked words: finfo.min, -1e30 and anything below count as -inf.
+
+
+@each_backend
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", [torch.finfo(torch.bfloat16).min, -1e32, -1.01e30])
+def test_a_word_masked_by_a_low_number_is_masked(low, dtype, softcap, backend, device):
+    """To the bit what -inf gives: among others, as a target, and in a row of nothing else."""
+    logits, targets = make(5, 1031, dtype=dtype, device=device)
+    masked = torch.rand(logits.shape, generator=torch.Generator().manual_seed(4)) < 0.3
+    masked[0] = False
+    masked[2, :600] = True  # a whole block of it
+    masked[3] = True
+    masked[4] = True
+    masked[4, 7] = False
+    masked = masked.to(device).scatter(
+        1, targets[:, None], torch.tensor([0, 1, 0, 1, 1], device=device)[:, None].bool()
+    )
+    results = []
+    for number in (-torch.inf, low):
+        leaf = logits.masked_fill(masked, number).requires_grad_()
+        stats = gem_kernels.token_stats(leaf, targets, softcap=softcap, temperature=0.7, backend=backend)
+        backward(stats, *upstream(targets.shape, device=device))
+        results.append((stats.logprobs.detach(), stats.entropy.detach(), leaf.grad))
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    logprobs, entropy, grad = results[1]
+    assert logprobs[1] == logprobs[4] == -torch.inf
+    assert logprobs[3].isnan() and entropy[3].isnan() and grad[3].isnan().all()
+    assert entropy[[0, 1, 2, 4]].isfinite().all()
+
+
+@each_backend
+def test_a_low_number_above_the_bound_is_a_logit(backend, device):
+    """Just above -1e30 a row of nothing else is uniform, as any row of equal logits is."""
+    logits = torch.full((2, 37), -0.99e30, device=device)
+    stats = gem_kernels.token_stats(logits, torch.tensor([0, 36], device=device), backend=backend)
+    torch.testing.assert_close(stats.entropy, torch.full_like(stats.entropy, math.log(37)), rtol=1e-6, atol=0)
+
+
+def test_the_reference_has_the_same_rule():
+    logits = torch.tensor([[1.0, -1e32, 2.0], [-1e32, -2e30, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    stats = reference.token_stats(logits, torch.tensor([1, 0]))
+    assert stats.logprobs[0] == -torch.inf and stats.logprobs[1].isnan() and stats.entropy[1].isnan()
+    assert abs(stats.entropy[0].item() - (math.log1p(math.e) - math.e / (1 + math.e))) < 1e-12

@@ -1,8 +1,8 @@
 """A vocabulary cut among 1, 2 and 4 gloo processes gives the numbers of the whole head in one process.
 
-One spawn of four processes runs every case on groups of 1, 2 and 4 ranks and leaves the results in files; the tests
-read them. fp32 results must be those of the whole head up to the order of sums. bf16 results may err, against fp32 on
-the same numbers, twice what the whole head errs in bf16, plus rounding.
+Four processes run every case on groups of 1, 2 and 4 ranks and leave the results in files; the tests read them. fp32
+results must be those of the whole head up to the order of sums. bf16 results may err, against fp32 on the same numbers,
+twice what the whole head errs in bf16, plus rounding.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import gem_kernels as gk
 from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
+from tests.kernels.helpers import assert_near
+from tests.processes import run_ranks
 
 WORLD = 4
 KINDS = ("stats", "score", "policy", "sega_one_shot", "sega_two_phase")
@@ -191,9 +192,9 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     return found
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def process(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     groups = {WORLD: dist.group.WORLD}
     for k in (1, 2):
         of = [dist.new_group(list(range(r, r + k))) for r in range(0, WORLD, k)]
@@ -221,11 +222,10 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks(made_once) -> list[dict]:
     """The results of each of the four processes."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
     build.load()  # compiled once, here, not by four processes
-    mp.spawn(process, (folder,), nprocs=WORLD)
+    folder = made_once("vocab_parallel", lambda folder: run_ranks(WORLD, process, str(folder)))
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -369,23 +369,26 @@ def test_arguments_without_a_group():
 def check_no_target(forward, backward):
     """forward(logits, targets), backward(logits, targets, RowGradients) -> gradient."""
     generator = torch.Generator().manual_seed(2)
-    n, words = 5, 301
+    n, words = 6, 301
     logits = 3 * torch.randn(1, n, words, generator=generator)
     logits[0, 2] = -torch.inf
     logits[0, 3, 7] = torch.nan
     logits[0, 4, ::2] = -torch.inf
-    targets = torch.tensor([3, 300, 3, 3, 1])
-    nowhere = torch.tensor([NO_TARGET, NO_TARGET, NO_TARGET, NO_TARGET, NO_TARGET])
+    logits[0, 5] = torch.finfo(torch.float32).min
+    logits[0, 5, 7] = torch.nan
+    targets = torch.tensor([3, 300, 3, 3, 1, 2])
+    nowhere = torch.full((n,), NO_TARGET)
     with_target, without = forward(logits, targets), forward(logits, nowhere)
     assert without[0].isnan().all()
     for x, y in zip(with_target[1:], without[1:]):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-    assert without[2][2] <= -1e30 and not (without[2][3] <= -1e30)  # all -inf, and poisoned, are told apart
+    # All masked, and poisoned, are told apart.
+    assert without[2][2] <= -1e30 and not (without[2][3] <= -1e30) and not (without[2][5] <= -1e30)
     a, b = torch.randn(2, n, generator=generator).unbind()
     stats = RowGradients(*with_target[1:], a, b)
     one_hot = torch.zeros(n, words).scatter_(1, targets[:, None], a[:, None])
     expected = backward(logits, targets, stats) - one_hot
-    torch.testing.assert_close(backward(logits, nowhere, stats), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_near(backward(logits, nowhere, stats), expected)
     for outside in (-1, words):
         wrong = torch.full((n,), outside)
         assert all(forward(logits, wrong)[i].isnan().all() for i in (0, 1, 3))

@@ -186,8 +186,14 @@ template <typename T> INLINE void store_one(T *p, float x) {
     *p = padded[0];
 }
 
-// c tanh(z / c); an infinite logit stays infinite.
-INLINE vf softcapped(vf z, float c) { return is_infinite(z) ? z : c * tanh_vector(z / c); }
+// gem_kernels.types.FLOOR: a logit at or below it is a masked word and counts as -inf.
+constexpr float FLOOR = -1.0e30f;
+
+// What a softcap leaves as it is: masked words and +inf.
+INLINE vi uncapped(vf z) { return (z <= FLOOR) | is_infinite(z); }
+
+// c tanh(z / c)
+INLINE vf softcapped(vf z, float c) { return uncapped(z) ? z : c * tanh_vector(z / c); }
 
 INLINE float reduce_max(vf m) {
     float top = -INF;
@@ -317,7 +323,8 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
         }
     }
     if (poisoned) return {QNAN, QNAN, QNAN, QNAN};
-    if (m == -INF) return {QNAN, QNAN, m, QNAN};
+    if (m <= FLOOR) return {QNAN, QNAN, rest == rest ? -INF : QNAN, QNAN};
+    if (x_y <= FLOOR) x_y = -INF;
     const double log_sum = std::log1p(rest);
     const double logprob = ((double)x_y - (double)m) / tau - log_sum;
     return {(float)logprob, (float)(log_sum - t / (1.0 + rest)), m, (float)log_sum};
@@ -343,7 +350,7 @@ void row_backward(T *g, const T *z, int64_t V, int64_t y, double tau, float c, c
         vf x = v, slope = {};
         if (capped) {
             const vf u = tanh_vector(v / c);
-            x = is_infinite(v) ? v : c * u;
+            x = uncapped(v) ? v : c * u;
             slope = 1.0f - u * u;
         }
         vf log_p = (x - up.row_max) * inv_tau - log_sum;
@@ -356,7 +363,7 @@ void row_backward(T *g, const T *z, int64_t V, int64_t y, double tau, float c, c
     if (inside) {
         const float z_y = load_one(z + y);
         double x = z_y, slope = 1;
-        if (capped && !std::isinf(z_y)) { // by the same function as in forward: x equals the maximum when it was it
+        if (capped && !(z_y <= FLOOR || std::isinf(z_y))) { // by the same function as in forward: x equals the maximum when it was it
             x = softcapped(splat(z_y), c)[0];
             slope = 1 - (x / c) * (x / c);
         }

@@ -16,19 +16,21 @@ Arguments, the same everywhere. N = R1 * R2 rows; all checked by the caller:
     options        RowOptions: tau (a float, or [N] float32, contiguous), c, ignore_index
     vectors        RowGradients: entropy, row_max, log_sum, dL/dlogprobs, dL/dentropy, [N] float32
 
-A logit of -inf is a probability of 0. A row holding NaN or +inf, or nothing but -inf, or whose target is outside
-[0, V), gives NaN, in value and gradient; no other row is touched by it. (row_max of a row of -inf is -inf.) The target
-NO_TARGET, one that is elsewhere, gives a log-prob of NaN and a gradient without 1[v = y].
+A logit of -inf, or at or below FLOOR, is a probability of 0. A row holding NaN or +inf, or nothing but masked words, or
+whose target is outside [0, V), gives NaN, in value and gradient; no other row is touched by it. (row_max of a row of
+masked words is -inf.) The target NO_TARGET, one that is elsewhere, gives a log-prob of NaN and a gradient without
+1[v = y].
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..types import NO_TARGET, RowGradients, RowOptions, RowStats
+from ..types import FLOOR, NO_TARGET, RowGradients, RowOptions, RowStats
 from . import build
 from .threads import run_on_threads
 
@@ -100,11 +102,11 @@ def _rows(logits: Tensor, targets: Tensor, options: RowOptions) -> _Rows:
 
 def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
     """Ignored rows are not read."""
-    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32) for _ in range(4)))
+    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device) for _ in range(4)))
     rows = _rows(logits, targets, options)
     for name, output in outputs._asdict().items():
         setattr(rows, name, output.data_ptr())
-    _run(build.load().gem_row_stats_forward, rows)
+    _run("gem_row_stats_forward", rows)
     return outputs
 
 
@@ -118,11 +120,11 @@ def backward(grad_logits: Tensor, logits: Tensor, targets: Tensor, options: RowO
     for name, vector in vectors._asdict().items():
         setattr(rows, name, vector.data_ptr())
     rows.grad_logits, rows.g1, rows.g2 = grad_logits.data_ptr(), grad_logits.stride(0), grad_logits.stride(1)
-    _run(build.load().gem_row_stats_backward, rows)
+    _run("gem_row_stats_backward", rows)
 
 
-def _run(function, rows: _Rows) -> None:
-    run_on_threads(function, rows, min(rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD))
+def _run(name: str, rows: _Rows) -> None:
+    run_on_threads(getattr(build.load(), name), rows, min(rows.N, 1 + rows.N * rows.V // ELEMENTS_PER_THREAD))
 
 
 # Plain torch.
@@ -137,16 +139,21 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 LOWEST = -200.0
 
 
-def _chunks(logits: Tensor, targets: Tensor, ignore_index: int):
+def _chunks(logits: Tensor, targets: Tensor, ignore_index: int) -> Sequence[Tensor]:
     """Row numbers, a chunk at a time. On the CPU the ignored rows are left out; elsewhere that would synchronise."""
     if logits.device.type == "cpu":
         rows = (targets != ignore_index).nonzero()[:, 0]
     else:
-        rows = torch.arange(targets.shape[0], device=logits.device)
+        rows = torch.arange(targets.shape[0], dtype=torch.int64, device=logits.device)
     row_bytes = LIVE_COPIES * 4 * max(1, logits.shape[2])
     share = SHARE_OF_LOGITS * logits.shape[0] * logits.shape[1] * logits.shape[2] * logits.element_size()
     most = min(share, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES_ELSEWHERE))
     return rows.split(max(1, int(most) // row_bytes))
+
+
+def _masked(logits: Tensor) -> Tensor:
+    """In place: what is at or below FLOOR is -inf."""
+    return logits.masked_fill_(logits <= FLOOR, -torch.inf)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +175,7 @@ def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions) -> RowSt
     ignore_index = options.ignore_index
     V = logits.shape[2]
     for rows in _chunks(logits, targets, ignore_index):
-        z = logits[rows // logits.shape[1], rows % logits.shape[1]].float()
+        z = _masked(logits[rows // logits.shape[1], rows % logits.shape[1]].float())
         y, tau = targets[rows, None], _select(options.tau, rows)
         x = _capped(z, options.softcap)[0]
         del z
@@ -200,7 +207,7 @@ def backward_torch(
         ignored = (targets == ignore_index).nonzero()[:, 0]
         grad_logits[ignored // R2, ignored % R2] = 0.0
     for rows in _chunks(logits, targets, ignore_index):
-        z = logits[rows // R2, rows % R2].float()
+        z = _masked(logits[rows // R2, rows % R2].float())
         y, tau = targets[rows, None], _select(options.tau, rows)
         H, m, L, a, b = (vector[rows, None] for vector in vectors)
         absent = y == NO_TARGET

@@ -18,6 +18,7 @@ from .threads import run_on_threads
 
 # Below this many tokens one thread is done before a second has started.
 TOKENS_PER_THREAD = 1 << 15
+FUNCTION = "gem_span_scores"
 
 Scores = tuple[Tensor, Tensor, Tensor]
 """features [9, B] float32, score [B] float32, valid [B] bool."""
@@ -67,7 +68,11 @@ def _compiled(given: Completions, rule: ScoreRule) -> Scores:
         exclude=rule.exclude,
         weights=(ctypes.c_double * len(FEATURES))(*rule.weights),
     )
-    run_on_threads(build.load().gem_span_scores, spans, min(B, 1 + given.entropy.numel() // TOKENS_PER_THREAD))
+    run_on_threads(
+        getattr(build.load(), FUNCTION),
+        spans,
+        min(B, 1 + given.entropy.numel() // TOKENS_PER_THREAD),
+    )
     return features, score, ok
 
 
@@ -143,5 +148,6 @@ def group_advantages(scores, group_size, valid, mapping, scale, eps):
     r = torch.where(member, r - top, 0.0)
     a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     if scale == "group":
-        a = a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(n > 1, a, 0.0).reshape(-1)
+        # Equal members stay zeros, whatever eps.
+        a = torch.where(a == 0, 0.0, a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps))
+    return torch.where(member & (n > 1), a, 0.0).reshape(-1)

@@ -23,9 +23,8 @@ import triton.language as tl
 
 from .. import types
 
-# Below any logit that could hold probability; -inf is raised to it so that e^d * d is 0 and never 0 * inf. Not lower:
-# a count of lanes times FLOOR must stay finite.
-FLOOR = tl.constexpr(-1.0e30)
+# -inf is raised to it so that e^d * d is 0 and never 0 * inf. Not lower: a count of lanes times FLOOR must stay finite.
+FLOOR = tl.constexpr(types.FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -58,11 +57,11 @@ def _exp2(x, PTX: tl.constexpr):
 
 @triton.jit
 def _logit(x, softcap, SOFTCAP: tl.constexpr):
-    """Softcap in fp32: c tanh(x/c) = c - 2c / (1 + e^(2x/c)); infinities pass, and -inf becomes FLOOR."""
+    """Softcap in fp32: c tanh(x/c) = c - 2c / (1 + e^(2x/c)); +inf passes, and what is below FLOOR becomes it."""
     x = x.to(tl.float32)
     if SOFTCAP:
         capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
-        x = tl.where(tl.abs(x) == INF, x, capped)
+        x = tl.where((x <= FLOOR) | (x == INF), x, capped)
     return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 

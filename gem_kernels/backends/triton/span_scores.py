@@ -271,8 +271,9 @@ def group_advantages(
     r = tl.where(member, r - tl.max(tl.where(member, r, -INF), 0), 0.0)
     a = tl.where(member, r - tl.sum(r, 0) / tl.maximum(n, 1.0), 0.0)
     if SCALE:
-        a = a / (tl.sqrt(tl.sum(a * a, 0) / tl.maximum(n - 1.0, 1.0)) + eps)
-    a = tl.where(n > 1.0, a, 0.0)
+        # Equal members stay zeros, whatever eps.
+        a = tl.where(a == 0.0, 0.0, a / (tl.sqrt(tl.sum(a * a, 0) / tl.maximum(n - 1.0, 1.0)) + eps))
+    a = tl.where(member, tl.where(n > 1.0, a, 0.0), 0.0)
     tl.store(advantages_ptr + o_group + i, a, mask=i < G)
 
 

@@ -14,6 +14,7 @@ from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.evaluation.report import evaluation_metrics, evaluation_table
 from gem.parallel import processes
 from gem.progress import progress
+from gem.report.page import write_report
 from gem.run import checkpoint
 from gem.run.calibration import gate_is_open, measure_score, with_score
 from gem.run.guards import Guards, watch
@@ -21,6 +22,8 @@ from gem.run.keep_best import forget_weights, keep_better, keep_weights
 from gem.run.metrics import step_metrics
 from gem.run.session import RunState, Session, prepare, save
 from gem.run.stages import Stage, planned_stages
+from gem.run.tracking import completion_rows
+from gem.scoring.score import ScoredRollout
 from gem_kernels import LinearScore
 
 
@@ -30,6 +33,7 @@ class TrainResult:
     model_dir: Path
     evaluations: dict[str, Evaluation]  # by stage: "start", then those that were run ("SFT", "SEGA", ...)
     seconds: dict[str, float]  # wall time of each phase
+    page: Path | None = None  # the run to look at; None: it could not be written, or another process writes it
     saved: str = ""  # the stage whose weights `model_dir` holds
 
 
@@ -50,7 +54,8 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
         raise
     session.tracker.close()
     processes.wait_for_all()
-    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, saved)
+    page = write_page(session.run_dir, console) if processes.is_main() else None
+    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, page, saved)
 
 
 def run_stages(session: Session, state: RunState, clock: Clock) -> tuple[Path, str]:
@@ -115,7 +120,7 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
             if result.scored is not None and is_due(config.log_completions_steps, state.step):
-                session.tracker.samples(result.scored, session.form.tokenizer, state.step)
+                write_samples(session, stage, state.step, result.scored)
             if stage.is_objective:
                 evaluation = None
                 if state.step < stage.num_steps and is_due(config.eval_steps, state.step):
@@ -128,6 +133,17 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
             bar.note(result.note)
             bar.advance()
     return True
+
+
+def write_samples(session: Session, stage: Stage, step: int, scored: ScoredRollout) -> None:
+    """The candidates of a step to completions.jsonl and as a table."""
+    if not processes.is_main():
+        return
+    answers = {pair.prompt_ids: pair.answer for pair in session.train_pairs}
+    rows = completion_rows(
+        scored, session.form.tokenizer, answers, stage=stage.name, step=step, top_m=session.config.top_m
+    )
+    session.tracker.samples(rows, scored.rollout.batch.num_generations, step)
 
 
 def recalibrate(stage: Stage, state: RunState, guards: Guards) -> None:
@@ -180,9 +196,24 @@ class Clock:
 
 
 def report(result: TrainResult, console: Console) -> None:
-    """The table of evaluations, where the time went, and where the run is."""
+    """The table of evaluations, where the time went, and where the run and its page are."""
     console.print(evaluation_table(result.evaluations))
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
     which = f" of {result.saved}" if result.saved not in ("", list(result.evaluations)[-1]) else ""
-    console.print(f"Run: {result.run_dir} (model/{which}, metrics.jsonl, config.yaml)", highlight=False)
+    words = f"Run: {result.run_dir} (model/{which}, metrics.jsonl, config.yaml)"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    if result.page is not None:
+        console.print(f"Page: {result.page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_page(run_dir: Path, console: Console) -> Path | None:
+    """The run as a page, `report.html` in its folder. A page that cannot be made costs a line, never the run."""
+    page = run_dir / "report.html"
+    try:
+        write_report(run_dir, page)
+    except Exception as error:  # whatever it is, the model is saved
+        why = " ".join(str(error).split()) or type(error).__name__
+        console.print(f"Page: not written: {why}", highlight=False, markup=False, soft_wrap=True)
+        return None
+    return page

@@ -1,0 +1,67 @@
+"""Settings of the commands that use a model: each takes sections of a run's settings, and a few of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from gem.config.section import setting
+from gem.config.settings import EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
+from gem.errors import UserError
+
+
+class UseSettings(Scoring, Sampling, TextSettings):
+    """What scoring and answering share."""
+
+    best: bool = setting(False, "of a prompt's candidates only the one of the highest score")
+    tokens: bool = setting(False, "each token with its entropy and log-prob")
+    top: int = setting(0, "likeliest alternatives of each token, beside tokens; 0: none", ge=0, le=100)
+    batch_size: int = setting(8, "prompts per batch", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _candidates_are_there(self) -> Self:
+        if self.best and not self.num_generations:
+            raise UserError("best: there is one of sampled candidates only; set how many, as in --sample 8")
+        if self.top and not self.tokens:
+            raise UserError(f"top: expected tokens with it, beside which alternatives stand; got top {self.top} alone")
+        return self
+
+
+class ScoreSettings(UseSettings, RowSettings):
+    """Of `gem score` and `gem.score`. Repeated rows count as often as they stand there."""
+
+    num_generations: int = setting(0, "sampled candidates per prompt; 0: the given answers are scored", ge=0)
+    completion_column: str = setting("completion", "an answer to score; or there are chosen and rejected")
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+    split: str = setting("train", "of a dataset; a file has none")
+
+
+class GenerateSettings(UseSettings):
+    """Of `gem generate` and `gem.generate`."""
+
+    num_generations: int = setting(1, "candidates", ge=1)
+    temperature: float = setting(0.0, "of the sampler; 0: the most likely token", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_differ(cls, values: dict) -> dict:
+        """One answer is the most likely one; several are drawn at temperature 1."""
+        several = values.get("num_generations") not in (None, 1)
+        return {"temperature": 1.0, **values} if several and "temperature" not in values else values
+
+
+class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, RowSettings):
+    """Of `gem evaluate` and `gem.evaluate`. Repeated rows count as often as they stand there."""
+
+    eval_generate: int = setting(0, "problems answered greedily; 0: none", ge=0)
+    eval_sample: int = setting(0, "prompts with candidates sampled and scored; 0: none", ge=0)
+    preference_reduction: Literal["sum", "mean", "relative"] = setting(  # type: ignore[assignment]
+        "sum", "implicit reward: the answer's log-prob, per token, or less that of a reference"
+    )
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+    split: str = setting("test", "of a dataset; a file has none")
+    device: str = setting("auto", "auto, cpu, cuda, ...")

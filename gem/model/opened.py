@@ -1,0 +1,66 @@
+"""A model that is used, not trained: given by name, or as objects that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gem.config.settings import TextSettings
+from gem.data.prompts import TextFormat, text_format
+from gem.errors import UserError
+from gem.model import load
+from gem.model.forward import Policy, inner_model
+
+# A name, or (model, tokenizer).
+ModelLike = str | Path | tuple[nn.Module, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What is known before the weights are loaded: `policy` loads them."""
+
+    name: str
+    form: TextFormat
+    context: int | None  # positions
+    model: nn.Module | load.ModelSource
+
+    def policy(self, device: str = "auto") -> tuple[Policy, TextFormat]:
+        """(the policy, in fp32 where it is loaded by name; its text format with all end tokens).
+
+        A model given as an object stays where it is, in its dtype.
+        """
+        model = self.model
+        if isinstance(model, load.ModelSource):
+            model = load.load_model(model, load.load_model_config(model), "float32", device)
+        ends = load.end_token_ids(inner_model(model), self.form.tokenizer, self.form.end_of_turn)
+        return Policy(model), dataclasses.replace(self.form, end_tokens=ends)
+
+
+def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
+    """A model by its name (a directory, a GGUF file, a hub id), or (model, tokenizer) as objects."""
+    if not isinstance(model, tuple | list):
+        name = model_name(model)
+        source = load.find_model(name)
+        form = text_format(load.load_tokenizer(source), text)
+        return OpenedModel(name, form, load.context_length(load.load_model_config(source)), source)
+    if len(model) != 2 or not isinstance(model[0], nn.Module) or not isinstance(model[1], PreTrainedTokenizerBase):
+        got = ", ".join(type(part).__name__ for part in model)
+        raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got ({got})")
+    network, tokenizer = model
+    if tokenizer.pad_token_id is None:
+        raise UserError("model: the tokenizer has no pad_token; set tokenizer.pad_token = tokenizer.eos_token")
+    config = inner_model(network).config
+    name = str(getattr(config, "_name_or_path", "") or type(network).__name__)
+    return OpenedModel(name, text_format(tokenizer, text), load.context_length(config), network)
+
+
+def model_name(model: Any) -> str:
+    """A name or a path as a string; `UserError` for anything else."""
+    if not isinstance(model, str) and not hasattr(model, "__fspath__"):
+        raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got {type(model).__name__}")
+    return str(model)
