@@ -119,7 +119,8 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                     f"{stage.name}, step {state.step}: the loss or gradient was not finite {stage.trainer.bad_steps} "
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
-            if result.scored is not None and is_due(config.log_completions_steps, state.step):
+            every = 1 if stage.samples_once else config.log_completions_steps
+            if result.scored is not None and config.log_completions_steps and is_due(every, state.step):
                 write_samples(session, stage, state.step, result.scored)
             if stage.is_objective:
                 evaluation = None
@@ -132,6 +133,7 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                 save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
             bar.note(result.note)
             bar.advance()
+    stage.finish()
     return True
 
 
@@ -139,7 +141,7 @@ def write_samples(session: Session, stage: Stage, step: int, scored: ScoredRollo
     """The candidates of a step to completions.jsonl and as a table."""
     if not processes.is_main():
         return
-    answers = {pair.prompt_ids: pair.answer for pair in session.train_pairs}
+    answers = {pair.prompt_ids: pair.answer for pair in (*session.train_pairs, *session.prompts)}
     rows = completion_rows(
         scored, session.form.tokenizer, answers, stage=stage.name, step=step, top_m=session.config.top_m
     )

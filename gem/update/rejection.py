@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gem.data.answers import normalize_answer
 from gem.data.batches import TokenizedPair
 from gem.scoring.score import ScoredRollout
-from gem.update.optimizer import NO_STEP, StepResult, Trainer
-from gem.update.sft import sft_step
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,18 @@ def best_of_each(scored: ScoredRollout) -> list[Winner]:
     return found
 
 
-def rejection_step(trainer: Trainer, scored: ScoredRollout, winners: Sequence[Winner], *, pad_id: int) -> StepResult:
-    """One step on -log p(winner | prompt), the mean over all tokens of the winners; NO_STEP where there is none."""
+def rejection_metrics(scored: ScoredRollout, winners: Sequence[Winner]) -> dict[str, float]:
+    """Share of the prompts that have a winner, and what the winners are like: means of agreement, score, tokens."""
     metrics = {"rejection/picked": len(winners) / len(scored.rollout.batch.prompt_ids)}
     if not winners:
-        return replace(NO_STEP, metrics=metrics, note="nothing picked")
+        return metrics
     rows = [winner.row for winner in winners]
-    metrics |= {
+    return {
+        **metrics,
         "rejection/agreement": agreement_of(list(winners)),
         "rejection/score": float(scored.scores.score[rows].double().mean()),
         "rejection/length": float(scored.rollout.batch.lengths[rows].double().mean()),
     }
-    result = sft_step(trainer, [winner.pair for winner in winners], pad_id=pad_id)
-    return replace(result, metrics=metrics)
 
 
 def _agreement_with(scored: ScoredRollout, rows: list[int], row: int) -> float:

@@ -8,19 +8,22 @@ import math
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from gem import loop
 from gem.config.read import build_config
 from gem.config.settings import Scoring
 from gem.data.batches import TokenizedPair
 from gem.demo.arithmetic import arithmetic_pairs
+from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.forward import Policy, completion_stats
 from gem.rollout.sample import given_completions
 from gem.run.keep_best import changes
 from gem.scoring.score import score_rollout
-from gem.update.rejection import best_of_each, choose_winners, rejection_step
+from gem.update.rejection import best_of_each, choose_winners, rejection_metrics
+from gem.update.sft import sft_step
 from tests.helpers import END, FORM, Recorder, encode, save_tiny, tiny_model
 
 
@@ -73,7 +76,7 @@ def test_a_step_is_sft_on_the_picked():
     model = tiny_model()
     trainer = Recorder(model, micro_batch_size=1)
     winners = best_of_each(scored)
-    result = rejection_step(trainer, scored, winners, pad_id=FORM.pad_id)
+    result = sft_step(trainer, [winner.pair for winner in winners], pad_id=FORM.pad_id)
     got = trainer.gradient
     rows = [0, 3]
     stats = completion_stats(Policy(model), scored.rollout.batch).logprobs[rows]
@@ -83,11 +86,10 @@ def test_a_step_is_sft_on_the_picked():
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5) and result.num_tokens == number
     assert float((got - expected).norm() / expected.norm()) < 1e-4
-    assert result.metrics["rejection/picked"] == 1.0 and result.metrics["rejection/agreement"] == pytest.approx(
-        math.e / (1 + math.e) / 2
-    )
-    nothing = rejection_step(trainer, scored, [], pad_id=FORM.pad_id)
-    assert nothing.skipped and nothing.metrics == {"rejection/picked": 0.0}
+    metrics = rejection_metrics(scored, winners)
+    assert metrics["rejection/picked"] == 1.0
+    assert metrics["rejection/agreement"] == pytest.approx(math.e / (1 + math.e) / 2)
+    assert rejection_metrics(scored, []) == {"rejection/picked": 0.0}
 
 
 # A run, and the weights that it keeps.
@@ -127,12 +129,66 @@ def weights(result):
 
 
 def test_a_run_samples_picks_and_learns(folder):
-    result, _ = run(folder, "plain", score="calibrated")
+    """Six prompts are sampled once, by SFT's policy; the winners are learnt in two passes of batches of three."""
+    result, _ = run(folder, "plain", score="calibrated", log_completions_steps=5)
     steps = [row for row in rows_of(result) if row["stage"] == "rejection sampling"]
-    assert len(steps) == 2 and result.saved == "rejection sampling"
-    assert all(0 <= row["rejection/picked"] <= 1 and "gem/score" in row for row in steps)
-    assert any(row["loss"] > 0 for row in steps if not row.get("skipped"))
+    number = round(steps[0]["rejection/picked"] * 6)
+    assert 1 <= number <= 6 and len(steps) == 2 * -(-number // 3) and result.saved == "rejection sampling"
+    assert "gem/score" in steps[0] and "gem/score" not in steps[1]
+    assert all(row["loss"] > 0 for row in steps)
+    rows = (result.run_dir / "completions.jsonl").read_text().splitlines()
+    assert len(rows) == 6 * RUN["num_generations"]
     assert not (result.run_dir / "before-objective").exists()
+
+
+def tensors(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def test_the_mean_with_the_weights_before(folder):
+    before, _ = run(folder, "before", max_steps=0)
+    after, _ = run(folder, "after")
+    mean, _ = run(folder, "mean", start_weight=0.25)
+    one, two, got = (tensors(result.model_dir) for result in (before, after, mean))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(got[name], 0.25 * one[name] + 0.75 * two[name])
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(folder, monkeypatch, stop):
+    """Cut off after so many optimizer steps, the last of SFT's or one in between: winners are not drawn again."""
+    more = {"start_weight": 0.5, "save_steps": 1, "log_completions_steps": 1}
+    whole, _ = run(folder, f"whole-{stop}", **more)
+    real = loop.save
+
+    def save_and_stop(session, state, stage_state):
+        real(session, state, stage_state)
+        if state.total_steps == len(sft_steps) + stop - 3:
+            raise KeyboardInterrupt
+
+    sft_steps = [row for row in rows_of(whole) if row["stage"] == "SFT"]
+    monkeypatch.setattr(loop, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, f"cut-{stop}", **more)
+    monkeypatch.setattr(loop, "save", real)
+    resumed, _ = run(folder, f"cut-{stop}", resume=True, **more)
+    assert weights(resumed) == weights(whole)
+    assert (resumed.run_dir / "completions.jsonl").read_text() == (whole.run_dir / "completions.jsonl").read_text()
+
+
+def test_candidates_of_prompts_without_answers(folder):
+    path = folder / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": row["prompt"]} for row in arithmetic_pairs(20, seed=3)[:4]])
+    result, _ = run(folder, "prompts", prompts_file=str(path), log_completions_steps=1)
+    texts = [json.loads(line)["prompt"] for line in (result.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert len(texts) == 4 * RUN["num_generations"]
+    for row in arithmetic_pairs(20, seed=3)[:4]:
+        assert any(row["prompt"] in text for text in texts)
+    (folder / "empty.jsonl").write_text('{"question": "1 + 1?"}\n')
+    with pytest.raises(UserError, match=r'empty.jsonl:1: the key "prompt" is missing: each line needs it'):
+        run(folder, "none", prompts_file=str(folder / "empty.jsonl"))
+    assert not (folder / "none").exists()
 
 
 def fall(monkeypatch, value, field="sampled_rates"):
