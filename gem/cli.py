@@ -5,7 +5,6 @@ A user's mistake exits with 2.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -90,8 +89,8 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
+    from gem.loop import report, train
     from gem.parallel.processes import is_main, shut_down
-    from gem.train import report, train
 
     console = Console()
     try:
@@ -133,29 +132,27 @@ def calibrate_command(
 
     Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
     """
-    from gem.calibration.command import CalibrateRequest, calibrate_file
     from gem.calibration.score_file import write_score
     from gem.calibration.table import score_report
-    from gem.config.settings import Sampling, Scoring
+    from gem.config.use import CalibrateSettings
     from gem.report.page import write_report
+    from gem.use.calibrate import calibrate_data
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
     _check_out(out)
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
-    names = tuple(name.strip() for name in features.split(",") if name.strip())
-    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
-    console = Console(stderr=True)
-    source, form, context = _open(model, _text_settings(system_prompt, answer_span, answer_marker), console)
-    sampling = Sampling(
-        num_generations=max(1, sample), max_completion_length=max_completion_length, temperature=temperature
-    )
-    request = CalibrateRequest(
-        model=model, pairs=pairs, split=split, eval_file=eval_file, features=names, sample=sample, rows=settings,
-        sampling=sampling, scoring=Scoring(fork_weight=fork_weight, top_m=top_m), batch_size=batch_size, seed=seed,
+    bad = "skip" if skip_bad else "error"
+    settings = CalibrateSettings(
+        num_generations=sample, score_features=tuple(filter(None, map(str.strip, features.split(",")))),
+        max_completion_length=max_completion_length, temperature=temperature, fork_weight=fork_weight, top_m=top_m,
+        answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, split=split,
+        prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,
+        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    score = calibrate_file(request, form, context, lambda: _load(source, form, device), console)
+    console = Console(stderr=True)
+    score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
     page = write_report(out, out.with_suffix(".html"))
     for name, path in (("Score", out), ("Page", page)):
@@ -287,49 +284,23 @@ def evaluate_command(
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
-    from gem.config.settings import EvaluationSettings, Sampling, Scoring
-    from gem.data.pairs import load_pairs
-    from gem.evaluation.evaluate import CandidateSettings, evaluate
+    from gem.config.use import EvaluateSettings
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.model.forward import pair_logprobs
+    from gem.use.evaluate import evaluate_data
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
-    if reduction == "relative" and reference is None:
-        raise UserError("--reduction relative: name the model to compare with by --reference")
     if not beta > 0:
         raise UserError(f"--beta: expected more than 0, got {beta}")
-    settings = _row_settings(prompt_column, chosen_column, rejected_column, answer_column, skip_bad)
-    console = Console(stderr=True)
-    text = _text_settings(system_prompt, answer_span, answer_marker)
-    source, form, context = _open(model, text, console)
-    room = max_completion_length if generate or sample else 0
-    pairs, report = load_pairs(data, form, context, settings, split, room=room)
-    _show(report, console)
-    start = None
-    if reference is not None:
-        other, other_form, _ = _open(reference, text, console)
-        if other_form.tokenizer.get_vocab() != form.tokenizer.get_vocab():
-            raise UserError(
-                f"--reference: {reference} has another vocabulary than MODEL; name the model it was made from"
-            )
-        start = pair_logprobs(_load(other, form, device)[0], pairs, pad_id=form.pad_id, batch_size=batch_size)
-    policy, form = _load(source, form, device)
-    result = evaluate(
-        policy,
-        form,
-        pairs,
-        EvaluationSettings(
-            eval_batch_size=batch_size, eval_generate=generate, eval_sample=sample, dpo_beta=beta, seed=seed
-        ),
-        CandidateSettings(
-            Sampling(num_generations=num_generations, max_completion_length=max_completion_length), Scoring()
-        ),
-        console=console,
-        name=Path(data).name,
-        reduction=reduction,
-        reference=start,
-    )
+    bad = "skip" if skip_bad else "error"
+    settings = EvaluateSettings(
+        preference_reduction=reduction, dpo_beta=beta, eval_generate=generate, eval_sample=sample,
+        num_generations=num_generations, max_completion_length=max_completion_length, answer_span=answer_span,
+        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
+        chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
+        overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
+    result = evaluate_data(model, data, settings, reference, Console(stderr=True))
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
     else:
@@ -349,7 +320,7 @@ def report_command(
 
 @app.command("config")
 def config_command(
-    preset: Annotated[str, typer.Option(help="paper, or safe: with clipping, KL and guards.")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper, or safe: with a calibrated score and guards.")] = "paper",
 ) -> None:
     """Print every setting with its default and meaning, as a YAML file for gem train.
 
@@ -400,49 +371,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("gem: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _row_settings(prompt: str, chosen: str, rejected: str, answer: str, skip_bad: bool):
-    """How the commands that only read make pairs of rows; repeated rows count as often as they stand there."""
-    from gem.config.settings import RowSettings
-
-    bad = "skip" if skip_bad else "error"
-    return RowSettings(
-        prompt_column=prompt, chosen_column=chosen, rejected_column=rejected, answer_column=answer,
-        bad_rows=bad, duplicate_rows="keep", overlong_rows=bad,
-    )  # fmt: skip
-
-
-def _text_settings(system_prompt: str, answer_span: str, answer_marker: str):
-    from gem.config.settings import TextSettings
-
-    return TextSettings(system_prompt=system_prompt, answer_span=answer_span, answer_marker=answer_marker)
-
-
-def _open(model: str, text, console: Console):
-    """(source, text format, context length) of a model, without its weights."""
-    from gem.data.prompts import text_format
-    from gem.model import load
-
-    source = load.find_model(model)
-    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form = text_format(load.load_tokenizer(source), text)
-    return source, form, load.context_length(load.load_model_config(source))
-
-
-def _load(source, form, device: str):
-    """(policy in fp32, its text format)."""
-    from gem.model import load
-    from gem.model.forward import Policy
-
-    model = load.load_model(source, load.load_model_config(source), "float32", device)
-    ends = load.end_token_ids(model, form.tokenizer, form.end_of_turn)
-    return Policy(model), dataclasses.replace(form, end_tokens=ends)
-
-
-def _show(report, console: Console) -> None:
-    if str(report):
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_out(out: Path | None) -> None:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # Nothing that runs on import: no accelerator of `accelerate`'s, which the forks make from their own environment.
-PRELOADED = ["pytest", "gem.cli", "gem.train", "gem.rollout.vllm", "peft", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["pytest", "gem.cli", "gem.loop", "gem.rollout.vllm", "peft", "transformers.models.llama.modeling_llama"]
 
 
 @functools.cache

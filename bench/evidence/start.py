@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from gem.train import train
 from rich.console import Console
 
 from bench.evidence.data import TaskData, load_task
@@ -23,7 +24,6 @@ from gem.model.load import end_token_ids, find_model, load_model_config, load_mo
 from gem.parallel import processes
 from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.score import ScoredRollout, rank_candidates
-from gem.train import train
 from gem_kernels import LinearScore
 
 POOL_STEP = 1  # of the sampler's random keys: the pool's draws are not those of any evaluation

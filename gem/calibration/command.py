@@ -23,7 +23,7 @@ from gem.config.settings import RowSettings, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.data.pairs import load_pairs
 from gem.data.prompts import TextFormat
-from gem.data.sources import check_source
+from gem.data.sources import Source, check_source
 from gem.errors import UserError
 from gem.model.forward import Policy
 from gem.progress import Bar, progress
@@ -39,9 +39,9 @@ class CalibrateRequest:
     """What `gem calibrate` was asked for. sample: candidates a prompt, 0: none; `sampling` says how they are drawn."""
 
     model: str
-    pairs: str
+    pairs: Source
     split: str
-    eval_file: str | None
+    eval_file: Source | None
     features: tuple[str, ...]
     sample: int
     rows: RowSettings
@@ -101,11 +101,11 @@ def calibrate_file(
 
 
 def _load(
-    source: str, request: CalibrateRequest, form: TextFormat, context: int | None, room: int, console: Console
+    source: Source, request: CalibrateRequest, form: TextFormat, context: int | None, room: int, console: Console
 ) -> list[TokenizedPair]:
     pairs, report = load_pairs(source, form, context, request.rows, request.split, room=room)
     if str(report):
-        console.print(str(report), highlight=False, soft_wrap=True)
+        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     return pairs
 
 

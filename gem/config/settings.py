@@ -217,8 +217,12 @@ class SftSettings(Section):
 class UpdateSettings(Section):
     """What a step of the objective is."""
 
-    objective: Literal["sega", "filtered_dpo", "dpo"] = setting(
-        "sega", "SEGA; DPO on the best and worst candidate; or DPO on the given pairs", section="The update"
+    objective: Literal["sega", "filtered_dpo", "dpo", "rejection_sampling"] = setting(
+        "sega", "SEGA; DPO on the best and worst candidate; DPO on the given pairs; or SFT on the best candidate",
+        section="The update",
+    )  # fmt: skip
+    rejection_share: float = setting(
+        1.0, "rejection_sampling: below 1.0, this share of the prompts, those whose candidates agree most", gt=0, le=1
     )
     max_steps: int = setting(10, "rollouts (batches of pairs for dpo), each with its optimizer steps; 0: none", ge=0)
     prompts_per_step: int = setting(8, "prompts of a step", ge=1)

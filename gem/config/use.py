@@ -8,7 +8,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from gem.config.section import setting
-from gem.config.settings import RowSettings, Sampling, Scoring, Seed, TextSettings
+from gem.config.settings import SCORE_FEATURES, EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
 from gem.errors import UserError
 
 
@@ -52,3 +52,28 @@ class GenerateSettings(UseSettings):
         """One answer is the most likely one; several are drawn at temperature 1."""
         several = values.get("num_generations") not in (None, 1)
         return {"temperature": 1.0, **values} if several and "temperature" not in values else values
+
+
+class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, RowSettings):
+    """Of `gem evaluate` and `gem.evaluate`. Repeated rows count as often as they stand there."""
+
+    eval_generate: int = setting(0, "problems answered greedily; 0: none", ge=0)
+    eval_sample: int = setting(0, "prompts with candidates sampled and scored; 0: none", ge=0)
+    preference_reduction: Literal["sum", "mean", "relative"] = setting(  # type: ignore[assignment]
+        "sum", "implicit reward: the answer's log-prob, per token, or less that of a reference"
+    )
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+    split: str = setting("test", "of a dataset; a file has none")
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+
+
+class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
+    """Of `gem calibrate` and `gem.calibrate`. Repeated rows count as often as they stand there."""
+
+    num_generations: int = setting(4, "candidates of a prompt, for scales and tests; 0: none", ge=0)
+    score_features: tuple[str, ...] = setting(SCORE_FEATURES, "the features that the score is made of")
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+    split: str = setting("train", "of a dataset; a file has none")
+    batch_size: int = setting(8, "prompts per batch", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda, ...")
+    seed: Seed

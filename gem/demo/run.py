@@ -13,8 +13,8 @@ from gem.config.settings import TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import TrainResult, report, train
 from gem.run.checkpoint import check_run_directory
-from gem.train import TrainResult, report, train
 
 # Chosen by measurement on 2 CPU cores in fp32, where the demo must end well within ten minutes.
 NUM_TRAIN = 48

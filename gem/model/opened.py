@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from gem.model import load
 from gem.model.forward import Policy, inner_model
 
 # A name, or (model, tokenizer).
-ModelLike = str | tuple[nn.Module, PreTrainedTokenizerBase]
+ModelLike = str | Path | tuple[nn.Module, PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,13 @@ class OpenedModel:
         return Policy(model), dataclasses.replace(self.form, end_tokens=ends)
 
 
-def open_model(model: ModelLike | Any, text: TextSettings) -> OpenedModel:
+def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
     """A model by its name (a directory, a GGUF file, a hub id), or (model, tokenizer) as objects."""
     if not isinstance(model, tuple | list):
-        if not isinstance(model, str):
-            model = str(_path(model))
-        source = load.find_model(model)
+        name = model_name(model)
+        source = load.find_model(name)
         form = text_format(load.load_tokenizer(source), text)
-        return OpenedModel(model, form, load.context_length(load.load_model_config(source)), source)
+        return OpenedModel(name, form, load.context_length(load.load_model_config(source)), source)
     if len(model) != 2 or not isinstance(model[0], nn.Module) or not isinstance(model[1], PreTrainedTokenizerBase):
         got = ", ".join(type(part).__name__ for part in model)
         raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got ({got})")
@@ -59,7 +59,8 @@ def open_model(model: ModelLike | Any, text: TextSettings) -> OpenedModel:
     return OpenedModel(name, text_format(tokenizer, text), load.context_length(config), network)
 
 
-def _path(model: Any) -> Any:
-    if not hasattr(model, "__fspath__"):
+def model_name(model: Any) -> str:
+    """A name or a path as a string; `UserError` for anything else."""
+    if not isinstance(model, str) and not hasattr(model, "__fspath__"):
         raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got {type(model).__name__}")
-    return model
+    return str(model)

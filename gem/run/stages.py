@@ -1,4 +1,4 @@
-"""The stages of a run: SFT, then SEGA, DPO on the best and worst candidate, or DPO on the given pairs.
+"""The stages of a run: SFT, then SEGA, DPO on the best and worst candidate or the given pairs, or SFT on the best one.
 
 A stage knows its trainer, how many steps it has, and how to take one. Which pairs a step sees is a function of the
 seed and the step alone, so a stage continues anywhere.
@@ -27,6 +27,7 @@ from gem.scoring.score import ScoredRollout, score_rollout
 from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP, StepResult, Trainer
+from gem.update.rejection import best_of_each, choose_winners, rejection_step
 from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import LinearScore
@@ -207,7 +208,34 @@ class FilteredDpo(Dpo):
         return self.on_candidates(result, scored, ref)
 
 
-OBJECTIVES: dict[str, type[Stage]] = {"sega": Sega, "filtered_dpo": FilteredDpo, "dpo": Dpo}
+class RejectionSampling(Stage):
+    """SFT on the best candidate of each prompt, by the score."""
+
+    name = "rejection sampling"
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        super().__init__(session, num_steps=config.max_steps, learning_rate=config.learning_rate)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.guards != "off"
+
+    def take_step(self, step: int) -> StepResult:
+        scored = self.sample(self.batch(step), step)
+        ref = self.reference_logprobs(scored)
+        share = self.config.rejection_share
+        winners = best_of_each(scored) if share == 1 else choose_winners(scored, share)
+        result = rejection_step(self.trainer, scored, winners, pad_id=self.session.form.pad_id)
+        return self.on_candidates(result, scored, ref)
+
+
+OBJECTIVES: dict[str, type[Stage]] = {
+    "sega": Sega,
+    "filtered_dpo": FilteredDpo,
+    "dpo": Dpo,
+    "rejection_sampling": RejectionSampling,
+}
 
 
 def planned_stages(config: TrainConfig) -> list[type[Stage]]:

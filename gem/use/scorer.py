@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ class Scorer:
 
 
 def warn(console: Console, words: str) -> None:
-    """One line, as it stands."""
+    """One line, as it stands; a Python warning where nothing is printed."""
+    if console.quiet:
+        warnings.warn(words, stacklevel=2)
     console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -16,9 +16,9 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.parallel import deepspeed as zero
 from gem.parallel import processes
-from gem.train import train
 from tests.helpers import LORA, assert_close, assert_same_weights, launch, rows, save_tiny, settings
 from tests.processes import ROOT, Fork, run_ranks, run_script
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
-from gem.train import train
+from gem.loop import train
 from tests.helpers import LORA, assert_close, assert_same_weights, launch, rows, save_tiny, settings
 from tests.processes import torchrun
 

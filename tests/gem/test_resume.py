@@ -18,9 +18,9 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.run import checkpoint
 from gem.run.session import MAY_CHANGE
-from gem.train import train
 from tests.helpers import save_tiny, tiny_model, trainer_of
 from tests.processes import Fork, gem
 

@@ -18,9 +18,9 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.run import calibration
 from gem.run.guards import Baseline, breaches, next_baseline
-from gem.train import train
 from tests.helpers import save_tiny
 
 RUN = {

@@ -14,10 +14,10 @@ from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.report.records import read_completions
 from gem.run import guards
 from gem.run.tracking import JsonLines, Tracker, check_report_to, completion_table
-from gem.train import train
 from gem.update.optimizer import Trainer
 from tests.helpers import save_tiny
 from tests.processes import Fork, run_script
@@ -171,8 +171,9 @@ def expected_values(run_dir):
     found, step = [], 0
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
         step = row.get("step", step)
-        names = {k: v for k, v in row.items() if k not in ("step", "stage", "after") and v is not None}
-        found += [(step, ("train/" if row["stage"] == "SEGA" else "") + name, v) for name, v in names.items()]
+        names = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        prefix = {"SEGA": "train/", "calibration": "calibration/"}.get(row["stage"], "")
+        found += [(step, prefix + name, v) for name, v in names.items()]
     return found
 
 

@@ -16,8 +16,8 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.evaluation.report import evaluation_table
 from gem.files import write_jsonl
+from gem.loop import TrainResult, train
 from gem.run.checkpoint import save_model
-from gem.train import TrainResult, train
 from tests.helpers import save_tiny, tiny_model
 
 TINY_RUN = {
@@ -51,7 +51,7 @@ def result(folder) -> TrainResult:
 
 
 def test_a_run_leaves_a_model_that_transformers_opens(folder, result):
-    assert sorted(p.name for p in result.run_dir.iterdir()) == ["config.yaml", "metrics.jsonl", "model"]
+    assert sorted(p.name for p in result.run_dir.iterdir()) == ["config.yaml", "metrics.jsonl", "model", "report.html"]
     assert (result.model_dir / "model.safetensors").is_file()
     model = AutoModelForCausalLM.from_pretrained(result.model_dir)
     start = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -35,12 +35,12 @@ from gem.data.prompts import text_format
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import train
 from gem.model.forward import Policy
 from gem.model.load import ModelSource, find_model
 from gem.model.lora import add_lora
 from gem.rollout.sample import roll_out, row_keys
 from gem.rollout.vllm import Colocated, Server, check_vllm, policy_weights
-from gem.train import train
 from tests.helpers import tiny_model, tiny_tokenizer
 
 # Tests of vLLM itself; it has kernels for heads of 32 and more.
@@ -307,7 +307,7 @@ def test_a_run_samples_from_a_server(folder, stand_in):
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(first[name], start[name]) and not torch.equal(second[name], first[name])
     assert sorted(path.name for path in run.run_dir.iterdir()) == [
-        "completions.jsonl", "config.yaml", "metrics.jsonl", "model",
+        "completions.jsonl", "config.yaml", "metrics.jsonl", "model", "report.html",
     ]  # fmt: skip
 
 
