@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gem.train import train
 from rich.console import Console
 
 from bench.evidence.data import TaskData, load_task
@@ -19,6 +18,7 @@ from gem.config.read import build_config
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
 from gem.data.prompts import TextFormat, text_format
+from gem.loop import train
 from gem.model.forward import Policy
 from gem.model.load import end_token_ids, find_model, load_model_config, load_model_for_training, load_tokenizer
 from gem.parallel import processes
