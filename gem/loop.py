@@ -200,6 +200,11 @@ class Clock:
 def report(result: TrainResult, console: Console) -> None:
     """The table of evaluations, where the time went, and where the run and its page are."""
     console.print(evaluation_table(result.evaluations))
+    report_run(result, console)
+
+
+def report_run(result: TrainResult, console: Console) -> None:
+    """Where the time went, and where the run and its page are."""
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
     which = f" of {result.saved}" if result.saved not in ("", list(result.evaluations)[-1]) else ""
