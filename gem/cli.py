@@ -323,7 +323,7 @@ def report_command(
 
 @app.command("config")
 def config_command(
-    preset: Annotated[str, typer.Option(help="paper, or safe: with clipping, KL and guards.")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper, or safe: with a calibrated score and guards.")] = "paper",
 ) -> None:
     """Print every setting with its default and meaning, as a YAML file for gem train.
 

@@ -18,6 +18,7 @@ from gem.report.page import write_report
 from gem.run import checkpoint
 from gem.run.calibration import gate_is_open, measure_score, with_score
 from gem.run.guards import Guards, watch
+from gem.run.keep_best import forget_weights, keep_better, keep_weights
 from gem.run.metrics import step_metrics
 from gem.run.session import RunState, Session, prepare, save
 from gem.run.stages import Stage, planned_stages
@@ -33,6 +34,7 @@ class TrainResult:
     evaluations: dict[str, Evaluation]  # by stage: "start", then those that were run ("SFT", "SEGA", ...)
     seconds: dict[str, float]  # wall time of each phase
     page: Path | None = None  # the run to look at; None: it could not be written, or another process writes it
+    saved: str = ""  # the stage whose weights `model_dir` holds
 
 
 def train(config: TrainConfig, console: Console | None = None, *, resume: bool = False) -> TrainResult:
@@ -46,35 +48,41 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     session, state = prepare(config, accelerator, console, resume)
     clock.lap("loading")
     try:
-        model_dir = run_stages(session, state, clock)
+        model_dir, saved = run_stages(session, state, clock)
     except BaseException:
         session.tracker.close(failed=True)
         raise
     session.tracker.close()
     processes.wait_for_all()
     page = write_page(session.run_dir, console) if processes.is_main() else None
-    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, page)
+    return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, page, saved)
 
 
-def run_stages(session: Session, state: RunState, clock: Clock) -> Path:
-    """All that is left of a run; the directory of the model that comes out."""
+def run_stages(session: Session, state: RunState, clock: Clock) -> tuple[Path, str]:
+    """All that is left of a run; the directory of the model that comes out, and the stage that it is the model of."""
     if "start" not in state.evaluations:
         state.evaluations["start"] = run_evaluation(session, state, "start")
         clock.lap("evaluation")
+    saved = ""
     for kind in planned_stages(session.config):
         if kind.name not in state.evaluations:
             stage = kind(session)
             if not run_stage(stage, session, state):
                 break
             clock.lap(stage.name)
+            before = list(state.evaluations)[-1]
             state.evaluations[stage.name] = run_evaluation(session, state, stage.name, stage.linear)
             clock.lap("evaluation")
+            if stage.is_objective and session.config.keep_best:
+                saved = keep_better(session, state, before, stage.name)
+    saved = saved or list(state.evaluations)[-1]
     model_dir = session.run_dir / "model"
     model, tokenizer = session.policy.model, session.form.tokenizer
     weights = processes.whole_state_dict(model)
     processes.on_main(lambda: checkpoint.save_model(model, tokenizer, model_dir, weights))
+    forget_weights(session)
     clock.lap("saving")
-    return model_dir
+    return model_dir, saved
 
 
 def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
@@ -92,6 +100,8 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
             return False
         stage.begin()
         if stage.is_objective:
+            if config.keep_best:
+                keep_weights(session)
             watch(guards, stage, state, {}, list(state.evaluations.values())[-1])
     state.stage_state = None
     with progress(session.console, stage.name, stage.num_steps) as bar:
@@ -109,7 +119,8 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                     f"{stage.name}, step {state.step}: the loss or gradient was not finite {stage.trainer.bad_steps} "
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
-            if result.scored is not None and is_due(config.log_completions_steps, state.step):
+            every = 1 if stage.samples_once else config.log_completions_steps
+            if result.scored is not None and config.log_completions_steps and is_due(every, state.step):
                 write_samples(session, stage, state.step, result.scored)
             if stage.is_objective:
                 evaluation = None
@@ -122,6 +133,7 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                 save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
             bar.note(result.note)
             bar.advance()
+    stage.finish()
     return True
 
 
@@ -129,7 +141,7 @@ def write_samples(session: Session, stage: Stage, step: int, scored: ScoredRollo
     """The candidates of a step to completions.jsonl and as a table."""
     if not processes.is_main():
         return
-    answers = {pair.prompt_ids: pair.answer for pair in session.train_pairs}
+    answers = {pair.prompt_ids: pair.answer for pair in (*session.train_pairs, *session.prompts)}
     rows = completion_rows(
         scored, session.form.tokenizer, answers, stage=stage.name, step=step, top_m=session.config.top_m
     )
@@ -188,11 +200,16 @@ class Clock:
 def report(result: TrainResult, console: Console) -> None:
     """The table of evaluations, where the time went, and where the run and its page are."""
     console.print(evaluation_table(result.evaluations))
+    report_run(result, console)
+
+
+def report_run(result: TrainResult, console: Console) -> None:
+    """Where the time went, and where the run and its page are."""
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
-    console.print(
-        f"Run: {result.run_dir} (model/, metrics.jsonl, config.yaml)", highlight=False, markup=False, soft_wrap=True
-    )
+    which = f" of {result.saved}" if result.saved not in ("", list(result.evaluations)[-1]) else ""
+    words = f"Run: {result.run_dir} (model/{which}, metrics.jsonl, config.yaml)"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
     if result.page is not None:
         console.print(f"Page: {result.page}", highlight=False, markup=False, soft_wrap=True)
 

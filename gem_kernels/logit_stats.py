@@ -29,7 +29,8 @@ def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-> rows [R1, R2, V], a copy only where no view will do, and targets [N] int64."""
     rows = row_view(logits)
     if rows is None:
-        rows = logits.contiguous().view(1, targets.numel(), logits.shape[-1])
+        rows = row_view(logits.contiguous())  # shaped like the view of a gradient, which is walked beside it
+        assert rows is not None
     return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 

@@ -51,6 +51,9 @@ class RunSettings(Section):
     model: str = setting("", "a local directory, a GGUF file (or a directory holding one), or a hub id; required")
     train_file: str = setting("", "pairs: a JSONL, JSON, CSV or Parquet file, a saved dataset, or a hub id; required")
     train_split: str = setting("train", "split of a dataset; a file has none")
+    prompts_file: str | None = setting(
+        None, "more prompts, which need no answers: candidates are sampled for these; none: for train_file's"
+    )
     eval_file: str | None = setting(None, "held-out pairs; none: eval_fraction of train_file's prompts are held out")
     eval_split: str = setting("test", "split of a dataset")
     eval_fraction: float = setting(0.2, "share of the prompts held out where no eval_file is given", gt=0, lt=1)
@@ -217,8 +220,16 @@ class SftSettings(Section):
 class UpdateSettings(Section):
     """What a step of the objective is."""
 
-    objective: Literal["sega", "filtered_dpo", "dpo"] = setting(
-        "sega", "SEGA; DPO on the best and worst candidate; or DPO on the given pairs", section="The update"
+    objective: Literal["sega", "filtered_dpo", "dpo", "rejection_sampling"] = setting(
+        "sega", "SEGA; DPO on the best and worst candidate; DPO on the given pairs; or SFT on the best candidate",
+        section="The update",
+    )  # fmt: skip
+    rejection_share: float = setting(
+        1.0, "rejection_sampling: below 1.0, this share of the prompts, those whose candidates agree most", gt=0, le=1
+    )
+    rejection_epochs: int = setting(2, "rejection_sampling: passes over the chosen candidates", ge=1)
+    start_weight: float = setting(
+        0.0, "at the end the weights are the mean with those before the objective, which count so much", ge=0, le=1
     )
     max_steps: int = setting(10, "rollouts (batches of pairs for dpo), each with its optimizer steps; 0: none", ge=0)
     prompts_per_step: int = setting(8, "prompts of a step", ge=1)
@@ -353,5 +364,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score": "calibrated",
         "gate": "stop",
         "keep_best": True,
+        "objective": "rejection_sampling",
+        "num_generations": 8,
+        "rejection_share": 0.5,
+        "start_weight": 0.5,
+        "learning_rate": 2e-5,
     },
 }

@@ -67,6 +67,34 @@ def load_run_pairs(
     return train, held_out, [made, other]
 
 
+def load_prompts(config: TrainConfig, form: TextFormat, context: int | None) -> tuple[list[TokenizedPair], RowReport]:
+    """The prompts of `prompts_file` without answers to learn from, and the report of rows left out."""
+    source = config.prompts_file
+    rows = read_rows(source, config.train_split)
+    found: list[TokenizedPair] = []
+    problems: list[RowProblem] = []
+    for row in rows:
+        parsed: Any = row.values
+        if isinstance(parsed, dict):
+            name = config.prompt_column
+            words = f'the key "{name}" is missing: each line needs it; another name is set by prompt_column'
+            parsed = answers_from_row(row, (), config) if name in parsed else words
+        if isinstance(parsed, str):
+            problems.append(RowProblem(row.where, "bad", parsed))
+            continue
+        prompt, _, answer = parsed
+        ids = form.prompt_ids(prompt)
+        if context is not None and len(ids) + config.max_completion_length > context:
+            what = f"prompt of {len(ids)} tokens and max_completion_length do not fit the context of {context} tokens"
+            problems.append(RowProblem(row.where, "overlong", f"{what}: shorten it"))
+            continue
+        found.append(TokenizedPair(ids, (), (), answer))
+    made = report(source, rows, problems, config)
+    if not found:
+        raise UserError(f"{source}: no prompts in it; write one JSON object per line with at least a prompt")
+    return found, made
+
+
 def parse_pairs(rows: Sequence[Row], settings: RowSettings) -> tuple[list[PreferencePair], list[RowProblem]]:
     """Rows as pairs; every malformed, empty or repeated one is a problem instead."""
     pairs: list[PreferencePair] = []

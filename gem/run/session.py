@@ -18,7 +18,7 @@ from gem.calibration.score_file import Score, read_score, write_score
 from gem.config.read import load_config, save_config
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
-from gem.data.pairs import load_run_pairs
+from gem.data.pairs import load_prompts, load_run_pairs
 from gem.data.prompts import TextFormat, text_format
 from gem.data.sources import check_source
 from gem.errors import UserError
@@ -53,6 +53,7 @@ class Session:
     form: TextFormat
     train_pairs: list[TokenizedPair]
     eval_pairs: list[TokenizedPair]
+    prompts: list[TokenizedPair]  # those that candidates are sampled for; their answers are not looked at
     run_dir: Path
     tracker: Tracker
     console: Console
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
     check_report_to(config.report_to)
     given = given_score(config)
-    for source in filter(None, (config.train_file, config.eval_file)):
+    for source in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
         check_source(source)
     processes.wait_for_all()  # every process has seen the directory as it was before one makes it
     source = find_model(config.model)
@@ -87,6 +88,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     form = text_format(load_tokenizer(source), config)
     model_config = load_model_config(source)
     train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
+    prompts = train_pairs
+    if config.prompts_file is not None:
+        prompts, report = load_prompts(config, form, context_length(model_config))
+        reports.append(report)
     for report in filter(str, reports):
         console.print(str(report), highlight=False)
     check_calibration(config, train_pairs)
@@ -97,7 +102,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     set_seed(config.seed + processes.rank())
     linear = None if given is None else LinearScore(given.weights, given.scales)
     if resume:
-        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs), repr(linear), console)
+        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs, prompts), repr(linear), console)
     else:
         state, offsets = RunState(), None
         processes.on_main(lambda: start_run_directory(config, run_dir, given))
@@ -109,6 +114,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
         form=form,
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
+        prompts=prompts,
         run_dir=run_dir,
         tracker=tracker,
         console=console,
@@ -202,7 +208,7 @@ def save(session: Session, state: RunState, stage_state: dict[str, Any]) -> None
         "version": 1,
         "progress": checkpoint.to_tree(dataclasses.replace(state, stage_state=None)),
         "stage_state": stage_state,
-        "data": fingerprint(session.train_pairs, session.eval_pairs),
+        "data": fingerprint(session.train_pairs, session.eval_pairs, session.prompts),
         "score": repr(session.linear),
         "random": processes.gather([processes.random_state()]),
         "offsets": session.tracker.offsets,

@@ -1,4 +1,4 @@
-"""The stages of a run: SFT, then SEGA, DPO on the best and worst candidate, or DPO on the given pairs.
+"""The stages of a run: SFT, then SEGA, DPO on the best and worst candidate or the given pairs, or SFT on the best one.
 
 A stage knows its trainer, how many steps it has, and how to take one. Which pairs a step sees is a function of the
 seed and the step alone, so a stage continues anywhere.
@@ -27,6 +27,7 @@ from gem.scoring.score import ScoredRollout, score_rollout
 from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import NO_STEP, StepResult, Trainer
+from gem.update.rejection import best_of_each, choose_winners, rejection_metrics
 from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import LinearScore
@@ -39,6 +40,7 @@ class Stage(ABC):
 
     name: str
     is_objective = True
+    samples_once = False  # all candidates before the first step
 
     def __init__(self, session: Session, *, num_steps: int, learning_rate: float, iterations: int = 1) -> None:
         config = session.config
@@ -60,6 +62,11 @@ class Stage(ABC):
     @abstractmethod
     def take_step(self, step: int) -> StepResult:
         """Step number `step`, from 0."""
+
+    def finish(self) -> None:
+        """After the last step: the mean with the weights before the stage, where that is asked for."""
+        if self.is_objective and self.config.start_weight > 0 and self.reference is not None:
+            self.reference.average_into_model(self.config.start_weight)
 
     def begin(self) -> None:
         """Before the first step of all: the policy as it is now is the starting policy."""
@@ -126,7 +133,7 @@ class Stage(ABC):
             ).logprobs
 
     def batch(self, step: int) -> list[TokenizedPair]:
-        return batch_at(self.session.train_pairs, self.config.prompts_per_step, self.config.seed + 1, step)
+        return batch_at(self.session.prompts, self.config.prompts_per_step, self.config.seed + 1, step)
 
 
 class Sft(Stage):
@@ -162,7 +169,7 @@ class Sega(Stage):
 
     @property
     def needs_reference(self) -> bool:
-        return self.config.beta > 0 or self.config.guards != "off"
+        return self.config.beta > 0 or self.config.guards != "off" or self.config.start_weight > 0
 
     def take_step(self, step: int) -> StepResult:
         scored = self.sample(self.batch(step), step)
@@ -185,7 +192,8 @@ class Dpo(Stage):
         return True
 
     def take_step(self, step: int) -> StepResult:
-        return self.step_on(self.batch(step))
+        config = self.config
+        return self.step_on(batch_at(self.session.train_pairs, config.prompts_per_step, config.seed + 1, step))
 
     def step_on(self, pairs: Sequence[TokenizedPair]) -> StepResult:
         pad_id = self.session.form.pad_id
@@ -207,7 +215,63 @@ class FilteredDpo(Dpo):
         return self.on_candidates(result, scored, ref)
 
 
-OBJECTIVES: dict[str, type[Stage]] = {"sega": Sega, "filtered_dpo": FilteredDpo, "dpo": Dpo}
+class RejectionSampling(Stage):
+    """Candidates for max_steps * prompts_per_step prompts, all of the policy as it is; SFT on the best by the score."""
+
+    name = "rejection sampling"
+    samples_once = True
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        super().__init__(session, num_steps=config.max_steps, learning_rate=config.learning_rate)
+        self.winners: list[TokenizedPair] = []
+        self.scored: ScoredRollout | None = None
+        self.first_row: dict[str, float] = {}  # of the candidates: the first step's metrics have it
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.start_weight > 0
+
+    def begin(self) -> None:
+        super().begin()
+        config = self.config
+        number = min(config.max_steps * config.prompts_per_step, len(self.session.prompts))
+        self.scored = self.sample(batch_at(self.session.prompts, number, config.seed + 1, 0), 0)
+        share = config.rejection_share
+        winners = best_of_each(self.scored) if share == 1 else choose_winners(self.scored, share)
+        self._learn([winner.pair for winner in winners])
+        self.first_row = {**rejection_metrics(self.scored, winners), **rollout_metrics(self.scored)}
+        if not winners:
+            words = "no candidate ended with an answer, so there is nothing to learn"
+            self.session.console.print(f"{self.name}: {words}", highlight=False)
+
+    def _learn(self, winners: list[TokenizedPair]) -> None:
+        self.winners = winners
+        self.num_steps = self.config.rejection_epochs * -(-len(winners) // self.config.prompts_per_step)
+        self.trainer.total_steps = self.num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        ids = [(list(pair.prompt_ids), list(pair.chosen_ids)) for pair in self.winners]
+        return {**super().state_dict(), "winners": ids}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._learn([TokenizedPair(tuple(prompt), tuple(ids), (), None) for prompt, ids in state["winners"]])
+
+    def take_step(self, step: int) -> StepResult:
+        pairs = batch_at(self.winners, self.config.prompts_per_step, self.config.seed + 2, step)
+        result = sft_step(self.trainer, pairs, pad_id=self.session.form.pad_id)
+        if step > 0:
+            return result
+        return dataclasses.replace(result, metrics={**result.metrics, **self.first_row}, scored=self.scored)
+
+
+OBJECTIVES: dict[str, type[Stage]] = {
+    "sega": Sega,
+    "filtered_dpo": FilteredDpo,
+    "dpo": Dpo,
+    "rejection_sampling": RejectionSampling,
+}
 
 
 def planned_stages(config: TrainConfig) -> list[type[Stage]]:

@@ -139,9 +139,9 @@ class Tracker:
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """What a service gets of a row of metrics.jsonl, under its names there."""
-    prefix = {"eval": "", "SFT": "sft/"}.get(row["stage"], "train/")
+    prefix = {"eval": "", "SFT": "sft/", "calibration": "calibration/"}.get(row["stage"], "train/")
     return {
-        prefix + key: float(value)
+        key if key.startswith("eval/") else prefix + key: float(value)
         for key, value in row.items()
         if isinstance(value, int | float) and key not in ("step", "total_steps")
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gem.data.answers import normalize_answer
@@ -16,7 +17,7 @@ class Winner:
     """The candidate of a prompt that is learnt."""
 
     row: int  # of the rollout, in [0, P * G)
-    agreement: float  # weighted share of the prompt's candidates that give its answer, in (0, 1]
+    agreement: float  # weighted share of the prompt's candidates that give its answer, in [0, 1]
     pair: TokenizedPair  # the prompt and the winner, by the sampler's own ids; `rejected_ids` is empty
 
 
@@ -40,6 +41,49 @@ def choose_winners(scored: ScoredRollout, share: float = 1.0) -> list[Winner]:
     found.sort(key=lambda winner: -winner[1])
     kept = sorted(found[: math.ceil(share * len(found))])
     return [Winner(row, agreement, _as_pair(scored, row)) for row, agreement in kept]
+
+
+def best_of_each(scored: ScoredRollout) -> list[Winner]:
+    """The valid candidate of the highest score of each prompt, with an answer or without, in the order of the prompts.
+
+    One that was cut off teaches no end, so it is none. Of equal ones the first; a prompt without any is left out.
+    """
+    size, found = scored.rollout.batch.num_generations, []
+    for start in range(0, len(scored.scores.score), size):
+        valid = [row for row in range(start, start + size) if bool(scored.scores.valid[row])]
+        ended = [row for row in valid if not bool(scored.rollout.truncated[row])]
+        if ended:
+            best = max(ended, key=lambda row: float(scored.scores.score[row]))
+            found.append(Winner(best, _agreement_with(scored, valid, best), _as_pair(scored, best)))
+    return found
+
+
+def rejection_metrics(scored: ScoredRollout, winners: Sequence[Winner]) -> dict[str, float]:
+    """Share of the prompts that have a winner, and what the winners are like: means of agreement, score, tokens."""
+    metrics = {"rejection/picked": len(winners) / len(scored.rollout.batch.prompt_ids)}
+    if not winners:
+        return metrics
+    rows = [winner.row for winner in winners]
+    return {
+        **metrics,
+        "rejection/agreement": agreement_of(list(winners)),
+        "rejection/score": float(scored.scores.score[rows].double().mean()),
+        "rejection/length": float(scored.rollout.batch.lengths[rows].double().mean()),
+    }
+
+
+def _agreement_with(scored: ScoredRollout, rows: list[int], row: int) -> float:
+    """Weighted share of these candidates that have ended and give the answer of `row`; 0 where it has none."""
+    answers, truncated = scored.rollout.spans.answers, scored.rollout.truncated
+    if answers[row] is None:
+        return 0.0
+    weights = scored.scores.score[rows].double().softmax(0).tolist()
+    same = normalize_answer(answers[row])
+    return sum(
+        weight
+        for i, weight in zip(rows, weights)
+        if answers[i] is not None and not bool(truncated[i]) and normalize_answer(answers[i]) == same
+    )
 
 
 def _winner(scored: ScoredRollout, rows: list[int]) -> tuple[int, float] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,8 @@ from .types import RowGradients, RowOptions, RowStats
 def row_view(logits: Tensor) -> Tensor | None:
     """[..., V] -> a view [R1, R2, V] of rows that are contiguous and apart, or None where only a copy will do."""
     V = logits.shape[-1]
+    if logits.numel() == 0:  # no row, whatever the strides
+        return logits.reshape(1, 0, V)
     if V > 1 and logits.stride(-1) != 1:
         return None
     if logits.dim() == 1:
@@ -25,7 +25,7 @@ def row_view(logits: Tensor) -> Tensor | None:
         view = logits
     else:
         try:
-            view = logits.view(logits.shape[0], math.prod(logits.shape[1:-1]), V)
+            view = logits.view(logits.shape[0], -1, V)
         except RuntimeError:
             return None
     R1, R2, _ = view.shape

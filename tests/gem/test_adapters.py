@@ -260,7 +260,8 @@ def test_a_4bit_run_trains_saves_and_continues_exactly(bitsandbytes, tmp_path):
     losses = [row["loss"] for row in rows if row["stage"] == "SFT"]
     steps = [row for row in rows if row["stage"] == "SEGA"]
     assert losses[-1] < losses[0] and len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
-    assert steps[0]["kl"] == 0 and steps[-1]["kl"] > 0  # from the starting policy: the adapter after SFT
+    # From the starting policy, the adapter after SFT: at first rounding alone.
+    assert steps[0]["kl"] < 1e-4 * steps[-1]["kl"]
 
     shutil.rmtree(checkpoint.checkpoints(run_dir)[-1])  # as if it had been cut off after the one before
     shutil.rmtree(run_dir / "model")

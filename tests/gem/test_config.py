@@ -110,6 +110,16 @@ def test_a_preset_gives_defaults_that_the_file_and_flags_stand_over(tmp_path):
         build_config({**NEEDED, "preset": "wild"})
 
 
+def test_the_presets_say_what_is_asked_of_a_score():
+    """`paper` trains on the published score and warns; `safe` asks the pairs first and never saves a worse model."""
+    paper, safe = (build_config({**NEEDED, "preset": name}) for name in ("paper", "safe"))
+    assert (paper.score, paper.gate, paper.keep_best, paper.guards) == ("paper", "warn", False, "off")
+    assert (safe.score, safe.gate, safe.keep_best, safe.guards) == ("calibrated", "stop", True, "stop")
+    assert (
+        paper.uses_score and not paper.changed(objective="dpo").uses_score and not safe.changed(max_steps=0).uses_score
+    )
+
+
 def test_lists_of_names():
     assert build_config({**NEEDED, "report_to": "tensorboard,wandb"}).report_to == ("tensorboard", "wandb")
     spans = build_config({**NEEDED, "answer_span": ["boxed", "regex:a,b{2}", "last_tokens:8"]}).answer_span

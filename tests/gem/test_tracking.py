@@ -171,8 +171,9 @@ def expected_values(run_dir):
     found, step = [], 0
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
         step = row.get("step", step)
-        names = {k: v for k, v in row.items() if k not in ("step", "stage", "after") and v is not None}
-        found += [(step, ("train/" if row["stage"] == "SEGA" else "") + name, v) for name, v in names.items()]
+        names = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        prefix = {"SEGA": "train/", "calibration": "calibration/"}.get(row["stage"], "")
+        found += [(step, prefix + name, v) for name, v in names.items()]
     return found
 
 

@@ -111,7 +111,13 @@ def run(function, logits, *rest):
     return value.detach(), score, z.grad
 
 
-@pytest.mark.parametrize("function,backend", [(scores_and_loss, "aot_eager"), (loss, "aot_eager"), (loss, "inductor")])
+# What inductor writes for a CPU without vector instructions does not compile (torch 2.13: at::vec is not declared).
+INDUCTOR = pytest.param(
+    loss, "inductor", marks=pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="inductor")
+)
+
+
+@pytest.mark.parametrize("function,backend", [(scores_and_loss, "aot_eager"), (loss, "aot_eager"), INDUCTOR])
 def test_compiled_gives_the_same_numbers_without_a_graph_break(function, backend, device):
     torch._dynamo.reset()
     problem = batch(device=device)

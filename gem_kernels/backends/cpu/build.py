@@ -8,9 +8,10 @@ says why, and one RuntimeWarning has said it. Environment:
     CXX                        the compiler; otherwise the first of c++, g++, clang++ that is found
 
 A library is named by the hash of all that shaped it: source, flags, compiler and its version, and the features of this
-CPU, so that a home folder shared by unlike machines is safe. It is built in a temporary file and renamed, so any number
-of processes may build at once. The folder is created with mode 0700; one that another user owns or may write to is
-refused, since what lies there would be run.
+CPU, so that a home folder shared by unlike machines is safe; and by the hash of its own bytes, which are compared
+before they are loaded: a damaged file would end the process, so it is built again. It is built in a temporary file and
+renamed, so any number of processes may build at once. The folder is created with mode 0700. A folder or a library that
+another user owns or may write to is refused, since what lies there would be run.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def load() -> ctypes.CDLL | None:
         return None
     if _tried:
         return _library
+    _survive_forks()
     with _lock:
         if not _tried:
             try:
@@ -65,6 +67,22 @@ def load() -> ctypes.CDLL | None:
                 )
             _tried = True
     return _library
+
+
+_registered = False
+
+
+def _survive_forks() -> None:
+    """A child forked while another thread builds would wait for a thread that it does not have."""
+    global _registered
+    if not _registered and hasattr(os, "register_at_fork"):
+        _registered = True
+        os.register_at_fork(after_in_child=_new_lock)
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
 
 
 def reason() -> str | None:
@@ -86,7 +104,12 @@ def cache_folder() -> Path:
 
 def find_compiler() -> list[str]:
     """The compiler command ($CXX may hold options of its own)."""
-    if chosen := shlex.split(os.environ.get("CXX", "")):
+    given = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX={given!r} is not a command: {error}") from error
+    if chosen:
         if shutil.which(chosen[0]):
             return chosen
         raise BuildError(f"CXX={chosen[0]!r} is not found")
@@ -106,14 +129,22 @@ def _build_and_open() -> ctypes.CDLL:
     compiler = find_compiler()
     source = read_sources()
     folder = _private_folder(cache_folder())
-    path = folder / f"kernels-{_key(source, compiler)}.so"
-    if path.exists():
+    name = f"kernels-{_key(source, compiler)}"
+    for path in sorted(folder.glob(f"{name}-*.so")):
         try:
-            return _open(path)
+            _check_owner(path, path.stat())
+            if _digest(path) == path.stem.rpartition("-")[2]:
+                return _open(path)
+        except FileNotFoundError:  # another process found it damaged too
+            continue
         except (OSError, AttributeError):
-            path.unlink(missing_ok=True)  # truncated or foreign: build it again
-    _compile(compiler, path)
-    return _open(path)
+            pass
+        path.unlink(missing_ok=True)  # damaged or foreign: build it again
+    return _open(_compile(compiler, folder, name))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _private_folder(folder: Path) -> Path:
@@ -123,11 +154,17 @@ def _private_folder(folder: Path) -> Path:
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
         raise BuildError(f"no cache folder, set GEM_KERNELS_CACHE: {error}") from error
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
-        raise BuildError(f"cache folder {folder} is not private to this user: chmod 700 it or set GEM_KERNELS_CACHE")
+    _check_owner(folder, status)
     if not writable:
         raise BuildError(f"cache folder {folder} is not writable, set GEM_KERNELS_CACHE")
     return folder
+
+
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    """A mode can be mended, what others have put there cannot: so the advice is to remove the folder."""
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        folder = path if path.is_dir() else path.parent
+        raise BuildError(f"{path} is not private to this user: remove the folder {folder}, or set GEM_KERNELS_CACHE")
 
 
 def _key(source: bytes, compiler: list[str]) -> str:
@@ -149,8 +186,9 @@ def _cpu_features() -> str:
     return "\n".join(features)
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=".build-", dir=path.parent)
+def _compile(compiler: list[str], folder: Path, name: str) -> Path:
+    """-> the library, in `folder`, named by its digest too."""
+    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=".build-", dir=folder)
     os.close(handle)
     try:
         # Some compilers know no -march=native for their target: then without.
@@ -161,8 +199,9 @@ def _compile(compiler: list[str], path: Path) -> None:
                 command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT_SECONDS
             )
             if done.returncode == 0:
+                path = folder / f"{name}-{_digest(Path(temporary))}.so"
                 os.replace(temporary, path)
-                return
+                return path
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise BuildError(f"{shlex.join(command)} exited with {done.returncode}: {' | '.join(lines[:3])}")
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,18 +12,18 @@ import torch
 
 _pool: ThreadPoolExecutor | None = None
 _pool_pid = 0
-_pool_lock = threading.Lock()
 
 
 def _executor() -> ThreadPoolExecutor:
     """Made on first use, and again in a forked child, where the parent's threads do not exist."""
     global _pool, _pool_pid
-    if _pool is None or _pool_pid != os.getpid():
-        with _pool_lock:
-            if _pool is None or _pool_pid != os.getpid():
-                workers = max(os.cpu_count() or 1, torch.get_num_threads())
-                _pool, _pool_pid = ThreadPoolExecutor(workers, thread_name_prefix="gem_kernels"), os.getpid()
-    return _pool
+    # No lock: a child forked while another thread holds it would wait for ever. Two threads may make one pool each.
+    pool = _pool
+    if pool is None or _pool_pid != os.getpid():
+        workers = max(os.cpu_count() or 1, torch.get_num_threads())
+        pool = _pool = ThreadPoolExecutor(workers, thread_name_prefix="gem_kernels")
+        _pool_pid = os.getpid()
+    return pool
 
 
 def run_on_threads(function: Callable[[int], Any], arguments: ctypes.Structure, most: int) -> None:
