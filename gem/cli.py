@@ -132,6 +132,7 @@ def calibrate_command(
 
     Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
     """
+    from gem.calibration.features import feature_columns
     from gem.calibration.score_file import write_score
     from gem.calibration.table import score_report
     from gem.config.use import CalibrateSettings
@@ -143,9 +144,11 @@ def calibrate_command(
     _check_out(out)
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
+    names = tuple(name.strip() for name in features.split(",") if name.strip())
+    feature_columns(names)
     bad = "skip" if skip_bad else "error"
     settings = CalibrateSettings(
-        num_generations=sample, score_features=tuple(filter(None, map(str.strip, features.split(",")))),
+        num_generations=sample, score_features=names,
         max_completion_length=max_completion_length, temperature=temperature, fork_weight=fork_weight, top_m=top_m,
         answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, split=split,
         prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,

@@ -26,6 +26,7 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.model.forward import Policy, completion_stats
+from gem.model.opened import OpenedModel
 from gem.rollout.sample import given_completions
 from tests.helpers import END, FORM, encode, save_tiny, tiny_model
 
@@ -229,7 +230,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, words, folder, tmp_path
     monkeypatch.chdir(tmp_path)
     flags = [folder / "unknown.jsonl" if flag == "UNKNOWN" else flag for flag in flags]
     loads = []
-    monkeypatch.setattr(cli, "_load", lambda *a: loads.append(a))
+    monkeypatch.setattr(OpenedModel, "policy", lambda *a: loads.append(a))
     code, _, err = call(["calibrate", folder / "model", folder / "pairs.jsonl", *flags], monkeypatch, capsys)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("gem: ") and words in last
