@@ -26,9 +26,10 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 # What compares numbers, once more: as a CPU without AVX-512 computes them, and with one thread.
+NUMERICS ?=
 test-numerics: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numerical
-	OMP_NUM_THREADS=1 $(PYTEST) -m numerical
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numerical $(NUMERICS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m numerical $(NUMERICS)
 
 $(VENV)/.peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'

@@ -135,7 +135,9 @@ def test_groups_without_advantages_are_skipped_but_counted():
     assert result.num_sequences == 2
     alone = score_rollout(Policy(model), rollout_of(num_prompts=1), Scoring(), batch_size=1)
     sega_step(trainer, alone, update)
-    assert_near(whole, trainer.gradient / 4)
+    # The advantages are differences of two scores, made in batches of four prompts and of one: what rounding leaves of
+    # them is a larger share of the difference than of the scores.
+    assert_near(whole, trainer.gradient / 4, 2.0**-13)
 
 
 def test_truncated_candidates_can_be_left_out():

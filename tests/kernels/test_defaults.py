@@ -101,7 +101,15 @@ def scores_and_advantages(x: dict, backend: str) -> list:
     ]
 
 
+def features(x: dict, backend: str) -> list:
+    span = spans(x)
+    del span["group_size"]
+    found = gk.completion_features(x["a"].abs(), -x["a"].abs(), **span, backend=backend)
+    return [*vars(found).values(), found.score(gk.LinearScore({"mean_logprob": 2.0, "length": -0.1}))]
+
+
 CALLS = {
+    "completion_features": features,
     "token_stats": of_logits(gk.token_stats, temperature=lambda x: x["tau"], softcap=9.0),
     "token_stats in place": of_logits(gk.token_stats, inplace=True),
     "fused_entropy_score": of_logits(gk.fused_entropy_score),
