@@ -86,7 +86,10 @@ def run_demo(model: str | None, output_dir: str | None, seed: int, console: Cons
 
 def demo_table(evaluations: dict[str, Evaluation]) -> Table:
     """What the held-out problems show, six rows: the rest is in the page."""
-    table = Table(title="Held-out problems, value [95 % interval]", title_justify="left")
+    table = Table(
+        title="Held-out problems, value [95 % interval]; the score is the published one until one is calibrated",
+        title_justify="left",
+    )
     table.add_column("")
     for stage in evaluations:
         table.add_column(stage if stage == "start" else f"after {stage}", justify="right")
