@@ -87,7 +87,7 @@ def run_demo(model: str | None, output_dir: str | None, seed: int, console: Cons
 def demo_table(evaluations: dict[str, Evaluation]) -> Table:
     """What the held-out problems show, six rows: the rest is in the page."""
     table = Table(
-        title="Held-out problems, value [95 % interval]; the score is the published one until one is calibrated",
+        title="Held-out problems [95 % interval]; before one is calibrated the score is the published one",
         title_justify="left",
     )
     table.add_column("")
