@@ -152,7 +152,9 @@ def _interpreting() -> bool:
 def top_fraction(top_m: Any) -> tuple[int, int]:
     """`top_m` as (numerator, denominator): m = numerator * n // denominator; denominator 0 for a count.
 
-    A float is taken as the decimal it is written as, so 0.29 of 100 is 29 everywhere (29/100 in binary is below 0.29).
+    The one place that says what a share is: the fraction nearest to the decimal it is written as, of those with a
+    denominator up to 10^9 (so numerator * n fits int64). 0.29 of 100 is 29, and 1/3 of 6 is 2, as binary fractions
+    below 0.29 and 1/3 would not give.
     """
     if isinstance(top_m, int) and not isinstance(top_m, bool):
         if not 1 <= top_m < 2**63:

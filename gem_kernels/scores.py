@@ -165,6 +165,33 @@ def score_weights(score: LinearScore | None, fork_weight: float) -> tuple[float,
     return score.coefficients
 
 
+def num_fork_tokens(num_reasoning: Tensor, top_m: float | int = 0.1) -> Tensor:
+    """m of `entropy_scores`: how many of n reasoning tokens the fork entropy is made of.
+
+        m = min(n, max(1, floor(top_m * n)))  of a share,      min(n, top_m)  of a count,      0 where n is 0
+
+    Args:
+        num_reasoning: n, int64 or int32, any shape; at most 2^31.
+        top_m: a float in (0, 1] is a share: the fraction nearest to the decimal it is written as, with a denominator
+            up to 10^9, so that 0.29 of 100 is 29 and 1/3 of 6 is 2. An int is a count.
+
+    Returns:
+        m, int64, shaped like `num_reasoning`.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Example:
+        >>> num_fork_tokens(torch.tensor([0, 5, 100]), 0.29)
+        tensor([ 0,  1, 29])
+    """
+    arguments.check_tensor("num_reasoning", num_reasoning, dtypes=(torch.int64, torch.int32))
+    numerator, denominator = arguments.top_fraction(top_m)
+    n = num_reasoning.long()
+    m = n * numerator // denominator if denominator else torch.full_like(n, numerator)
+    return torch.minimum(m.clamp(min=1), n)
+
+
 def entropy_scores(
     entropy: Tensor,
     *,
@@ -194,7 +221,7 @@ def entropy_scores(
         answer_start: [B] integers, the answer's offset from the completion's first token. Negative, or not below the
             completion's length, means that no answer was found.
         fork_weight: lambda.
-        top_m: a float in (0, 1] is a share, taken as the decimal it is written as; an int is a count.
+        top_m: a float in (0, 1] is a share, an int a count; `num_fork_tokens` says which m they give.
         no_answer: "tail": the answer is then the last fifth, from 4 * length // 5 on; "exclude": it is invalid.
         valid: [B] bool; False leaves a sequence out (a truncated one, say).
         backend: as for `token_stats`. "torch" and the CPU go through the sequences one by one.

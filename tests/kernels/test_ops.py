@@ -18,6 +18,7 @@ from gem_kernels import (
     entropy_scores,
     fused_entropy_score,
     group_advantages,
+    num_fork_tokens,
     sega_loss,
     token_stats,
 )
@@ -163,6 +164,7 @@ GOOD = {
         "entropy": ENTROPY, "logprobs": -ENTROPY, "completion_mask": MASK, "answer_start": START,
     },
     group_advantages: {"scores": torch.rand(2), "group_size": 2},
+    num_fork_tokens: {"num_reasoning": torch.tensor([3, 4])},
     fused_entropy_score: {
         "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
     },
@@ -278,6 +280,7 @@ BAD = {
     "top_m": [(2**63, "9223372036854775808"),
         (0, "0"), (-1, "-1"), (0.0, "0.0"), (1.5, "1.5"), (True, "True"), ("0.1", "'0.1'"), (float("nan"), "nan"),
     ],
+    "num_reasoning": [(3, "int"), (torch.tensor([3.0]), "float32"), (torch.tensor([True]), "bool")],
     "no_answer": [("last", "'last'"), (None, "None")],
     "valid": [(VALID.int(), "int32"), (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
     "mapping": [("linear", "'linear'"), (None, "None")],
