@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .types import FLOAT32_MAX
+
+FLOAT32_TINY = 2.0**-126
+"""The smallest number of float32 that has all digits."""
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
 
@@ -65,15 +69,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf) -> None:
-    """A finite Python number, greater than `above`."""
-    try:
-        fine = (
-            not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > above
-        )
-    except OverflowError:  # an integer that is no float
-        fine = False
-    if not fine:
-        fail(name, "a finite number" + (f" above {above:g}" if above > -math.inf else ""), shown(value))
+    """A Python number that float32, in which kernels take it, has too; greater than `above`."""
+    fine = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not (fine and abs(value) <= FLOAT32_MAX and (value > above if above != 0.0 else value >= FLOAT32_TINY)):
+        bound = f" above {above:g}" if above > -math.inf else ""
+        fail(name, f"a finite number{bound}, within float32's range", shown(value))
 
 
 def check_count(name: str, value: Any) -> None:

@@ -204,7 +204,7 @@ BAD = {
         (TARGETS.to("meta"), "meta"),
     ],
     "temperature": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (1e39, r"1e\+39"), (1e-39, "1e-39"),
         (0.0, "0.0"),
         (-1, "-1"),
         (float("nan"), "nan"),
@@ -220,7 +220,7 @@ BAD = {
         (torch.ones(2, 6, device="meta"), "meta"),
     ],
     "softcap": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (2**130, "1361129467683753853853498429727072845824"),
         (0.0, "0.0"),
         (-5.0, "-5.0"),
         ("5", "'5'"),
@@ -271,7 +271,7 @@ BAD = {
         (None, "None"),
     ],
     "fork_weight": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (-1e39, r"-1e\+39"),
         ("1", "'1'"),
         (float("nan"), "nan"),
         (None, "None"),
@@ -297,7 +297,7 @@ BAD = {
     ],
     "loss_type": [("grpo", "'grpo'"), (None, "None")],
     "max_completion_length": [(2**63, "9223372036854775808"), (0, "0"), (8.0, "8.0"), (True, "True")],
-    "denominator": [(10**400, "integer of 1329 bits"),
+    "denominator": [(10**400, "integer of 1329 bits"), (1e39, r"1e\+39"),
         (-1.0, "-1.0"),
         (float("nan"), "nan"),
         ("3", "'3'"),
