@@ -14,12 +14,20 @@ from .types import TokenStats
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
-    """Empty, with the strides of `logits` where that wastes no memory (loads and stores then align alike)."""
+    """Empty. Row by row it is off a 16-byte boundary by as much as `logits`, so that stores are as wide as loads.
+
+    Its rows are contiguous but for the few elements between them that this takes.
+    """
     view = row_view(logits)
-    extent = 1 + sum((n - 1) * s for n, s in zip(logits.shape, logits.stride()))
-    if view is not None and extent <= logits.numel() * 1.25:
-        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    align = 16 // logits.element_size()
+    base = logits.storage_offset() % align
+    if view is None or (logits.is_contiguous() and base == 0):
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    R1, R2, V = view.shape
+    inner = V + (view.stride(1) - V) % align
+    outer = R2 * inner + (view.stride(0) - R2 * inner) % align
+    memory = torch.empty(base + R1 * outer, dtype=logits.dtype, device=logits.device)
+    return memory.as_strided((R1, R2, V), (outer, inner, 1), base).view(logits.shape)
 
 
 # The operators, whose arguments are flat. Optional[...] is spelled out where torch.library infers the schema from it.
