@@ -14,6 +14,7 @@ import torch
 
 import gem_kernels
 from gem_kernels import (
+    arguments,
     completion_features,
     entropy_scores,
     fused_entropy_score,
@@ -43,7 +44,7 @@ def test_opcheck_row_stats(case, backend, device):
     if case == "strided":
         logits, targets = make(2, 4, 41, device=device)[0][:, 1:].detach(), targets.view(2, 3)
         targets[0, 1] = -100
-    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, False, backend)
+    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, backend)
     opcheck(ops.row_stats.default, args)
     logits = logits.detach()
     _logprobs, entropy, row_max, log_sum = ops.row_stats(logits, *args[1:])
@@ -60,11 +61,11 @@ def test_opcheck_span_scores(layout, backend, device):
     weights = [-1.0, 1.0, *[0.0] * 6, 0.5]
     if layout == "padded":
         entropy, mask = torch.rand(2, 7, device=device), torch.ones(2, 7, dtype=torch.bool, device=device)
-        args = (entropy, None, mask, None, start, valid, weights, 1, 10, False, backend)
+        args = (entropy, None, mask, None, start, valid, weights, 0.1, 0, False, backend)
     else:
         offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
         entropy, logprobs = torch.rand(2, 9, device=device).unbind()
-        args = (entropy, logprobs, None, offsets, start, None, weights, 3, 0, True, backend)
+        args = (entropy, logprobs, None, offsets, start, None, weights, 1.0, 3, True, backend)
     opcheck(ops.span_scores.default, args)
 
 
@@ -139,6 +140,69 @@ def test_compiled_for_other_sizes(function, device):
         for x, y in zip(run(compiled, *problem), run(function, *problem), strict=True):
             assert_near(x, y)
     assert counter.frame_count <= 3
+
+
+NUMBERS = [(0.7, 0.5, 1e-3, 3.0), (0.8, 0.25, 0.1, 7.0), (1.3, -1.5, 2.0, 0.5), (2.0, 0.0, 0.3, 1.0)]
+
+
+def test_compiled_for_other_numbers(device):
+    """Temperature, fork_weight, eps and denominator change: one more compilation, then none, and no graph break."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(logits, targets, mask, start, temperature, fork_weight, eps, denominator):
+        out = sega_loss(
+            logits * 2.0, targets, completion_mask=mask, answer_start=start, group_size=2, scale="group",
+            temperature=temperature, fork_weight=fork_weight, eps=eps, denominator=denominator,
+        )  # fmt: skip
+        return out.loss, out.score
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for numbers in NUMBERS:
+        problem = (*batch(4, 6, device=device), *numbers)
+        for x, y in zip(run(compiled, *problem), run(function, *problem), strict=True):
+            assert_near(x, y)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_for_another_softcap_and_top_m(device):
+    """Compiled once a value, but never broken: the graph alone is looked at."""
+    torch._dynamo.reset()
+
+    def function(logits, targets, mask, start, softcap, top_m):
+        out = fused_entropy_score(
+            logits, targets, completion_mask=mask, answer_start=start, group_size=2, softcap=softcap, top_m=top_m
+        )
+        return out.logprobs.sum(), out.score
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for softcap, top_m in ((3.0, 0.1), (4.0, 1 / 3), (4.0, 2)):
+        problem = (*batch(device=device), softcap, top_m)
+        for x, y in zip(run(compiled, *problem), run(function, *problem), strict=True):
+            assert_near(x, y)
+
+
+def test_what_is_not_compiled_is_not_compiled_inside_a_caller(device):
+    """Of functions of hidden states: their own frames stay out, at every length."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(40, 8, device=device)
+
+    @arguments.not_compiled
+    def of_hidden(hidden, targets):
+        return inner(hidden, targets) + 1.0
+
+    def inner(hidden, targets):
+        return gem_kernels.linear_token_stats(hidden, weight, targets).entropy * 2.0
+
+    def caller(hidden, targets):
+        return (of_hidden(hidden * 1.0, targets)).sum()
+
+    compiled = torch.compile(caller, backend=counter)
+    for T in (4, 5, 6):
+        hidden, targets = torch.ones(T, 8, device=device), torch.zeros(T, dtype=torch.int64, device=device)
+        assert_near(compiled(hidden, targets), caller(hidden, targets))
+    assert counter.frame_count <= 4, "two graphs of the caller, each compiled a second time for any length"
 
 
 def test_results_are_pytrees():

@@ -1,4 +1,4 @@
-"""Starts the Triton kernels: shapes, grids and launch options. Nothing is checked; outputs are allocated here."""
+"""Starts the Triton kernels: shapes, grids and launch options. Nothing is checked."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def _alike(one: tuple[int, ...], other: tuple[int, ...], align: int) -> bool:
     return all((a - b) % align == 0 for a, b in zip(one, other))
 
 
-def row_stats_forward(rows: Tensor, targets: Tensor, options: RowOptions, splits: int | None = None) -> RowStats:
-    """[R1, R2, V] and targets [N] int64 -> RowStats. splits: programs a row, to be chosen here if None."""
+def row_stats_forward(
+    rows: Tensor, targets: Tensor, options: RowOptions, out: RowStats, splits: int | None = None
+) -> RowStats:
+    """[R1, R2, V] and targets [N] int64 -> `out`. splits: programs a row, to be chosen here if None."""
     R1, R2, V = rows.shape
     N = R1 * R2
-    out = RowStats(*torch.empty(4, N, dtype=torch.float32, device=rows.device).unbind())
     if N == 0:
         return out
     launch = row_stats.launch_options(V, rows.element_size())
