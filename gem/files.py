@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from gem.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -57,6 +57,7 @@ def remove_directory(path: Path) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A directory of `model.safetensors` alone, whole or not at all."""
+    from safetensors.torch import save_file  # imports torch, which no one who writes text needs
 
     def fill(part: Path) -> None:
         part.mkdir()
@@ -66,6 +67,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     try:
         return load_file(path / "model.safetensors")
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.model.lora import CONFIG_FILE, add_lora, is_adapted, load_adapter, merged_state_dict, read_adapter_config
+from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
+from gem.model.source import ModelSource
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Package and module of those that are not torch's.
@@ -35,45 +36,6 @@ FLASH = {
     "flash_attention_2": ("flash-attn", "flash_attn"),
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
 }
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where `from_pretrained` finds a model: its first argument, the file within it where it is a GGUF, and the
-    directory of the LoRA adapter that goes on it."""
-
-    name: str
-    gguf_file: str | None
-    adapter: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": False}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
-
-
-def find_model(model: str) -> ModelSource:
-    """A GGUF file, a directory (of transformers, of a LoRA adapter, or holding one GGUF file), else a hub id."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UserError(f"model: {model}: expected a directory or a .gguf file")
-        return ModelSource(str(path.parent), path.name)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return ModelSource(str(path), None)
-        if (path / CONFIG_FILE).is_file():
-            return replace(find_model(read_adapter_config(path)["base_model_name_or_path"]), adapter=str(path))
-        ggufs = sorted(p.name for p in path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            what = f"{len(ggufs)} .gguf files; name one of them" if ggufs else "neither config.json nor a .gguf file"
-            raise UserError(f"model: {model}: the directory holds {what}")
-        return ModelSource(str(path), ggufs[0])
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
-        raise UserError(f"model: {model}: no such file or directory")
-    return ModelSource(model, None)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -213,6 +175,7 @@ def check_4bit(device: str) -> None:
     """Raises unless bitsandbytes is there and has kernels for the device."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit: needs bitsandbytes: pip install bitsandbytes, or leave load_in_4bit out")
+    quiet_bitsandbytes()
     import bitsandbytes
 
     supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})

@@ -6,8 +6,7 @@ A directory that holds an adapter has `adapter_config.json`, which names the mod
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import logging
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from transformers import PreTrainedModel
 from gem.config.settings import Lora
 from gem.errors import UserError
 from gem.parallel import processes
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
@@ -35,21 +32,6 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
         target_modules=_targets(model, lora.lora_target_modules),
     )
     return peft.get_peft_model(model, config)
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter whose weights are safetensors; anything else is refused."""
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {directory / CONFIG_FILE}: cannot read it: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-        raise UserError(f"model: {directory / CONFIG_FILE}: base_model_name_or_path is missing")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"model: {directory}: expected a LoRA adapter, got {config.get('peft_type')}")
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise UserError(f"model: {directory}: {WEIGHTS_FILE} is missing (weights are read from safetensors only)")
-    return config
 
 
 def load_adapter(model: PreTrainedModel, directory: str, *, trainable: bool) -> nn.Module:
@@ -118,7 +100,13 @@ def _targets(model: PreTrainedModel, names: str) -> str | list[str]:
     return targets
 
 
+def quiet_bitsandbytes() -> None:
+    """On importing it, which peft does, it warns of a kernel that it would take from a hub and does well without."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def _peft(setting: str) -> Any:
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:

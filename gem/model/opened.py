@@ -15,6 +15,7 @@ from gem.data.prompts import TextFormat, text_format
 from gem.errors import UserError
 from gem.model import load
 from gem.model.forward import Policy, inner_model
+from gem.model.source import ModelSource, find_model
 
 # A name, or (model, tokenizer).
 ModelLike = str | Path | tuple[nn.Module, PreTrainedTokenizerBase]
@@ -27,7 +28,7 @@ class OpenedModel:
     name: str
     form: TextFormat
     context: int | None  # positions
-    model: nn.Module | load.ModelSource
+    model: nn.Module | ModelSource
 
     def policy(self, device: str = "auto") -> tuple[Policy, TextFormat]:
         """(the policy, in fp32 where it is loaded by name; its text format with all end tokens).
@@ -35,7 +36,7 @@ class OpenedModel:
         A model given as an object stays where it is, in its dtype.
         """
         model = self.model
-        if isinstance(model, load.ModelSource):
+        if isinstance(model, ModelSource):
             model = load.load_model(model, load.load_model_config(model), "float32", device)
         ends = load.end_token_ids(inner_model(model), self.form.tokenizer, self.form.end_of_turn)
         return Policy(model), dataclasses.replace(self.form, end_tokens=ends)
@@ -45,7 +46,7 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
     """A model by its name (a directory, a GGUF file, a hub id), or (model, tokenizer) as objects."""
     if not isinstance(model, tuple | list):
         name = model_name(model)
-        source = load.find_model(name)
+        source = find_model(name)
         form = text_format(load.load_tokenizer(source), text)
         return OpenedModel(name, form, load.context_length(load.load_model_config(source)), source)
     if len(model) != 2 or not isinstance(model[0], nn.Module) or not isinstance(model[1], PreTrainedTokenizerBase):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
 
 from gem.calibration.score_file import Score, read_score, write_score
 from gem.config.read import load_config, save_config
@@ -27,11 +27,11 @@ from gem.model.forward import Policy
 from gem.model.load import (
     context_length,
     end_token_ids,
-    find_model,
     load_model_config,
     load_model_for_training,
     load_tokenizer,
 )
+from gem.model.source import find_model
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
