@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
+from gem.model.checks import check_causal, check_finite, check_loaded
 from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
 from gem.model.source import ModelSource
 
@@ -75,20 +76,13 @@ def load_model(
     if use_liger_kernel:
         check_liger(config, device)
     extra = {} if source.gguf_file else {"use_safetensors": True}
-    with _QuietTransformers():
-        model = _load(
-            AutoModelForCausalLM,
-            source,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            **extra,
-        )
+    model = _load_weights(source, config=config, dtype=getattr(torch, dtype), attn_implementation=attention, **extra)
     if source.gguf_file:
         _forget_quantization(model)
     model = model.to(device)
     if use_liger_kernel:
         _apply_liger(model)
+    _check_model(model.eval(), source)
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False)
     return model.eval()
@@ -137,9 +131,11 @@ def find_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise UserError(f"device: cannot use {device!r}: {_one_line(error)}") from error
+    if kind == "meta":
+        raise UserError("device: meta holds no numbers; expected auto, cpu, cuda, ...")
     return device
 
 
@@ -151,6 +147,8 @@ def find_attention(name: str, dtype: str, device: str) -> str | None:
         return "flash_attention_2" if has_flash and dtype == "bfloat16" else None
     if name not in ATTENTION:  # other names of transformers download code from a hub
         raise UserError(f"attn_implementation: expected auto, {', '.join(ATTENTION)}, got {name!r}")
+    if name == "flex_attention" and not device.startswith("cuda"):  # on a CPU it has no backward
+        raise UserError("attn_implementation: flex_attention needs a CUDA device: set it to auto")
     if name in FLASH:  # where its module is missing, transformers takes compiled code from a hub
         package, module = FLASH[name]
         if not (device.startswith("cuda") and dtype == "bfloat16" and importlib.util.find_spec(module) is not None):
@@ -254,21 +252,20 @@ def _load_in_4bit(source: ModelSource, config: PreTrainedConfig, settings: Train
     )
     if settings.use_liger_kernel:
         check_liger(config, device)
-    with _QuietTransformers():
-        model = _load(
-            AutoModelForCausalLM,
-            source,
-            config=config,
-            dtype=torch.bfloat16,
-            attn_implementation=find_attention(settings.attn_implementation, "bfloat16", device),
-            quantization_config=quantization,
-            device_map={"": device},
-            use_safetensors=True,
-        )
+    model = _load_weights(
+        source,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation=find_attention(settings.attn_implementation, "bfloat16", device),
+        quantization_config=quantization,
+        device_map={"": device},
+        use_safetensors=True,
+    )
     if device.startswith("cpu"):
         _make_4bit_safe_on_cpu(model)
     if settings.use_liger_kernel:
         _apply_liger(model)
+    _check_model(model.eval(), source)
     return model
 
 
@@ -297,11 +294,31 @@ def _apply_liger(model: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def _load_weights(source: ModelSource, **arguments: Any) -> PreTrainedModel:
+    """The model, once every weight of it has come from the file."""
+    with _QuietTransformers():
+        model, info = _load(
+            AutoModelForCausalLM,
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),  # `check_loaded` names them
+            **arguments,
+        )
+    check_loaded(info, source.words)
+    return model
+
+
+def _check_model(model: PreTrainedModel, source: ModelSource) -> None:
+    if not is_deepspeed_zero3_enabled():  # which holds shares of the weights, and gathers them in its own forward
+        check_finite(model.named_parameters(), source.words)
+        check_causal(model, source.words)
+
+
 def _load(loader: Any, source: ModelSource, **arguments: Any) -> Any:
     try:
         return loader.from_pretrained(source.name, **source.arguments, **arguments)
     except Exception as error:  # foreign files break in any way, struct.error within a cut-off GGUF included
-        raise UserError(f"model: cannot load {source.gguf_file or source.name}: {_one_line(error)}") from error
+        raise UserError(f"model: cannot load {source.words}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

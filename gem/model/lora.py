@@ -7,14 +7,19 @@ A directory that holds an adapter has `adapter_config.json`, which names the mod
 from __future__ import annotations
 
 import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gem.config.settings import Lora
 from gem.errors import UserError
+from gem.model.checks import check_finite, some_of
+from gem.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gem.parallel import processes
 
 
@@ -38,10 +43,22 @@ def load_adapter(model: PreTrainedModel, directory: str, *, trainable: bool) -> 
     """The model under the adapter of `directory`, to be trained on; or, not `trainable`, with it merged in."""
     peft = _peft("model")
     try:
-        adapted = peft.PeftModel.from_pretrained(model, directory, is_trainable=trainable, use_safetensors=True)
+        with safe_open(Path(directory) / ADAPTER_WEIGHTS, "pt") as file, warnings.catch_warnings():
+            there = set(file.keys())
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
+            adapted = peft.PeftModel.from_pretrained(model, directory, is_trainable=trainable, use_safetensors=True)
     except Exception as error:  # foreign files break in any way
         why = " ".join(str(error).split())[:300]
         raise UserError(f"model: cannot load the adapter in {directory}: {why}") from error
+    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    unknown = {key for key in there - wanted if key not in adapted.state_dict()}
+    if wanted - there or unknown:
+        faults = (("missing", wanted - there), ("no part of it", unknown))
+        raise UserError(
+            f"model: {directory}: its weights are not those that {ADAPTER_CONFIG} describes; "
+            f"{'; '.join(f'{what}: {some_of(keys)}' for what, keys in faults if keys)}; get the adapter again"
+        )
+    check_finite(((key, p) for key, p in adapted.named_parameters() if "lora_" in key), directory)
     # Merged it is a model like any other; peft had frozen it.
     return adapted if trainable else adapted.merge_and_unload().requires_grad_(True)
 

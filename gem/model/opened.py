@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gem.config.settings import TextSettings
 from gem.data.prompts import TextFormat, text_format
 from gem.errors import UserError
 from gem.model import load
+from gem.model.checks import check_vocabulary
 from gem.model.forward import Policy, inner_model
 from gem.model.source import ModelSource, find_model
 
@@ -47,8 +48,8 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
     if not isinstance(model, tuple | list):
         name = model_name(model)
         source = find_model(name)
-        form = text_format(load.load_tokenizer(source), text)
-        return OpenedModel(name, form, load.context_length(load.load_model_config(source)), source)
+        form, config = open_text(source, text)
+        return OpenedModel(name, form, load.context_length(config), source)
     if len(model) != 2 or not isinstance(model[0], nn.Module) or not isinstance(model[1], PreTrainedTokenizerBase):
         got = ", ".join(type(part).__name__ for part in model)
         raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got ({got})")
@@ -57,7 +58,15 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
         raise UserError("model: the tokenizer has no pad_token; set tokenizer.pad_token = tokenizer.eos_token")
     config = inner_model(network).config
     name = str(getattr(config, "_name_or_path", "") or type(network).__name__)
+    check_vocabulary(tokenizer, config, name)
     return OpenedModel(name, text_format(tokenizer, text), load.context_length(config), network)
+
+
+def open_text(source: ModelSource, text: TextSettings) -> tuple[TextFormat, PreTrainedConfig]:
+    """What is known of a model without its weights: the format of its text, and its configuration."""
+    tokenizer, config = load.load_tokenizer(source), load.load_model_config(source)
+    check_vocabulary(tokenizer, config, source.words)
+    return text_format(tokenizer, text), config
 
 
 def model_name(model: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gem.errors import UserError
+from gem.files import path_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -22,6 +23,11 @@ class ModelSource:
     adapter: str | None = None
 
     @property
+    def words(self) -> str:
+        """What a message calls it."""
+        return self.name if self.gguf_file is None else str(Path(self.name) / self.gguf_file)
+
+    @property
     def arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": False}
         if self.gguf_file:
@@ -31,7 +37,7 @@ class ModelSource:
 
 def find_model(model: str) -> ModelSource:
     """A GGUF file, a directory (of transformers, of a LoRA adapter, or holding one GGUF file), else a hub id."""
-    path = Path(model).expanduser()
+    path = path_of(model, "model")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"model: {model}: expected a directory or a .gguf file")
@@ -40,7 +46,10 @@ def find_model(model: str) -> ModelSource:
         if (path / "config.json").is_file():
             return ModelSource(str(path), None)
         if (path / ADAPTER_CONFIG).is_file():
-            return replace(find_model(read_adapter_config(path)["base_model_name_or_path"]), adapter=str(path))
+            return replace(_base_of_adapter(path), adapter=str(path))
+        inside = path / "model"
+        if (inside / "config.json").is_file() or (inside / ADAPTER_CONFIG).is_file():
+            raise UserError(f"model: {model} is the directory of a run; did you mean {inside}?")
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         if len(ggufs) != 1:
             what = f"{len(ggufs)} .gguf files; name one of them" if ggufs else "neither config.json nor a .gguf file"
@@ -49,6 +58,15 @@ def find_model(model: str) -> ModelSource:
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
         raise UserError(f"model: {model}: no such file or directory")
     return ModelSource(model, None)
+
+
+def _base_of_adapter(path: Path) -> ModelSource:
+    name = read_adapter_config(path)["base_model_name_or_path"]
+    base = path_of(name, f"model: {path / ADAPTER_CONFIG}")
+    if (base / ADAPTER_CONFIG).is_file() and not (base / "config.json").is_file():
+        what = "this adapter itself" if base.resolve() == path.resolve() else f"another adapter, {name}"
+        raise UserError(f"model: {path / ADAPTER_CONFIG}: base_model_name_or_path names {what}; expected a whole model")
+    return find_model(name)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 def test_a_broken_gguf_is_one_line(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(UserError, match=r"cannot load x\.gguf") as error:
+    with pytest.raises(UserError, match=r"cannot load .*x\.gguf") as error:
         load_tokenizer(find_model(str(tmp_path / "x.gguf")))
     assert "\n" not in str(error.value)
 
