@@ -12,8 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from gem.errors import UserError
 
-if TYPE_CHECKING:  # the command line reads a configuration without it
+if TYPE_CHECKING:
     import torch
+
+
+def path_of(name: str | Path, what: str) -> Path:
+    """The path of that name, "~" as the home directory; `UserError` where it cannot be looked at. It need not exist."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except RuntimeError as error:
+        raise UserError(f"{what}: {name}: there is no such user, so no home directory; write the path out") from error
+    except ValueError as error:  # a NUL character, half a character
+        raise UserError(f"{what}: {str(name)!r} is no name of a file: {error}") from error
+    except OSError as error:
+        text = str(name) if len(str(name)) <= 100 else f"{str(name)[:100]}..."
+        raise UserError(f"{what}: cannot look at {text!r}: {error.strerror}") from error
+    return path
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -96,7 +113,7 @@ def remove_directory(path: Path) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A directory of `model.safetensors` alone, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # imports torch, which no one who writes text needs
 
     def fill(part: Path) -> None:
         part.mkdir()

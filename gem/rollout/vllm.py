@@ -35,8 +35,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from gem import files
 from gem.config.settings import Sampling, TrainConfig
 from gem.errors import UserError
-from gem.model.load import ModelSource
 from gem.model.lora import is_adapted, merged_state_dict
+from gem.model.source import ModelSource
 from gem.parallel import processes
 from gem.rollout.sample import SampledTokens, Sampler
 

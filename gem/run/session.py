@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
 
 from gem.calibration.score_file import Score, read_score, write_score
 from gem.checkpoint import states
@@ -23,7 +23,7 @@ from gem.config.read import config_text, load_config
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
 from gem.data.pairs import load_prompts, load_run_pairs
-from gem.data.prompts import TextFormat, text_format
+from gem.data.prompts import TextFormat
 from gem.data.sources import check_source
 from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation
@@ -32,11 +32,10 @@ from gem.model.forward import Policy
 from gem.model.load import (
     context_length,
     end_token_ids,
-    find_model,
-    load_model_config,
     load_model_for_training,
-    load_tokenizer,
 )
+from gem.model.opened import open_text
+from gem.model.source import find_model
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
@@ -112,8 +111,7 @@ def _prepare(
     source = find_model(config.model)
     check_vllm(config, source)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form = text_format(load_tokenizer(source), config)
-    model_config = load_model_config(source)
+    form, model_config = open_text(source, config)
     train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
     prompts = train_pairs
     if config.prompts_file is not None:

@@ -19,7 +19,6 @@ from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.load import (
     find_attention,
-    find_model,
     load_model,
     load_model_config,
     load_model_for_training,
@@ -27,6 +26,7 @@ from gem.model.load import (
     save_pretrained,
 )
 from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
+from gem.model.source import find_model
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from tests.kernels.helpers import assert_near
 

@@ -37,8 +37,8 @@ from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.forward import Policy
-from gem.model.load import ModelSource, find_model
 from gem.model.lora import add_lora
+from gem.model.source import ModelSource, find_model
 from gem.rollout.sample import roll_out, row_keys
 from gem.rollout.vllm import Colocated, Server, check_vllm, policy_weights
 from tests.helpers import tiny_model, tiny_tokenizer
