@@ -20,7 +20,9 @@ from gem.config.read import commented_config, load_config
 from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.data.sources import check_source
 from gem.demo.arithmetic import arithmetic_pairs
-from gem.errors import UserError
+from gem.errors import Interrupted, UserError
+from gem.files import write_lines
+from gem.interrupt import end_with_a_line
 from gem.model.source import find_model
 
 # A command that has a setting as a flag has its default too.
@@ -381,13 +383,14 @@ def main() -> None:
     """The `gem` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        with end_with_a_line():
+            app()
     except UserError as error:
         print(f"gem: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("gem: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(f"gem: {stop if isinstance(stop, Interrupted) else 'interrupted'}", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
 
 
 def _check_out(out: Path | None) -> None:
@@ -410,11 +413,4 @@ def _write_rows(rows, out: Path | None) -> None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "--out: cannot write")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,42 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: Path, lines: Iterable[str], what: str = "cannot write", then: str = "") -> None:
+    """A file of these lines beside `path`, which takes that name once it is whole and on the disk.
+
+    A failure to write is a UserError of `what`, the path, the reason, and `then`; what the lines raise is theirs. Then
+    nothing is left behind, and a file that was there is as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _as_user_error(what, path, then):
+            file = part.open("w", encoding="utf-8")
+        try:
+            for line in lines:
+                with _as_user_error(what, path, then):
+                    file.write(line)
+            with _as_user_error(what, path, then):
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                file.close()
+        with _as_user_error(what, path, then):
+            part.replace(path)
+            _flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str, path: Path, then: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}{then}") from error
+
+
 def write_directory(path: Path, fill: Callable[[Path], None], what: str, then: str = "") -> None:
     """`fill` writes a new directory beside `path`, which takes that name once it is on the disk.
 
@@ -59,7 +96,9 @@ def write_directory(path: Path, fill: Callable[[Path], None], what: str, then: s
         shutil.rmtree(part, ignore_errors=True)
         if not _is_write_failure(error):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        if "inline_container" in reason:
+            reason = "fewer bytes reached the disk than were written (is it full?)"
         raise UserError(f"{what}: {reason}{then}") from error
     shutil.rmtree(old, ignore_errors=True)
 
@@ -105,5 +144,9 @@ def _is_write_failure(error: Exception) -> bool:
     """OSError, or what safetensors and torch make of one: both say little by type and much in words."""
     words = str(error).lower()
     return isinstance(error, OSError) or any(
-        hint in words for hint in ("no space", "os error", "i/o error", "ioerror", "write failed", "iostream", "pwrite")
+        hint in words
+        for hint in (
+            *("no space", "os error", "i/o error", "ioerror", "write failed", "iostream", "pwrite"),
+            "inline_container",  # torch.save, of fewer bytes than it wrote
+        )
     )

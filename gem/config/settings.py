@@ -301,6 +301,9 @@ class OptimizerSettings(Section):
     warmup_steps: int = setting(0, "of each stage", ge=0)
     lr_schedule: Literal["constant", "linear"] = setting("constant", "linear falls to 0 over the stage")
     max_bad_steps: int = setting(3, "a non-finite gradient skips its step; so many in a row stop the run", ge=1)
+    max_empty_steps: int = setting(
+        3, "a step of whose candidates none counts (all cut off, say) is skipped; so many in a row stop the run", ge=1
+    )
 
 
 class EvaluationSettings(Section):
@@ -320,7 +323,11 @@ class EvaluationSettings(Section):
 class LogSettings(Section):
     """Checkpoints and logs."""
 
-    save_steps: int = setting(0, "a checkpoint every so many steps; 0: none", section="Checkpoints and logs", ge=0)
+    save_minutes: float = setting(
+        10.0, "a checkpoint after the first step that ends so long after the last one; 0: none",
+        section="Checkpoints and logs", ge=0,
+    )  # fmt: skip
+    save_steps: int = setting(0, "a checkpoint every so many steps, and at the end of each stage; 0: none", ge=0)
     save_total_limit: int = setting(2, "older ones are removed", ge=1)
     report_to: tuple[str, ...] = setting((), "tensorboard, trackio, wandb, beside metrics.jsonl")
     log_completions_steps: int = setting(0, "a table of sampled answers every so many steps; 0: none", ge=0)
