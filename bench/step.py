@@ -83,7 +83,8 @@ def step_inputs(device: torch.device) -> StepInputs:
 
 def smollm2(device: torch.device):
     from gem.demo.run import demo_model
-    from gem.model.load import find_model, load_model, load_tokenizer
+    from gem.model.load import load_model, load_tokenizer
+    from gem.model.source import find_model
 
     source = find_model(demo_model())
     dtype = "bfloat16" if device.type == "cuda" else "float32"

@@ -20,6 +20,7 @@ from torch import nn
 
 from gem import loop
 from gem.calibration.score_file import Score
+from gem.checkpoint.folder import check_run_directory
 from gem.config.read import build_config
 from gem.config.settings import RowSettings, TextSettings
 from gem.config.use import CalibrateSettings, EvaluateSettings, GenerateSettings, ScoreSettings
@@ -32,7 +33,6 @@ from gem.loop import TrainResult
 from gem.model.load import save_pretrained
 from gem.model.opened import ModelLike, OpenedModel, model_name, open_model
 from gem.parallel import processes
-from gem.run.checkpoint import check_run_directory
 from gem.use import evaluate as evaluating
 from gem.use import generate as generating
 from gem.use.calibrate import calibrate_data

@@ -17,9 +17,14 @@ import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
+from gem.config.section import CHOICES
 from gem.config.settings import SCORE_FEATURES, TrainConfig
+from gem.data.sources import check_source
 from gem.demo.arithmetic import arithmetic_pairs
-from gem.errors import UserError
+from gem.errors import Interrupted, UserError
+from gem.files import write_lines
+from gem.interrupt import end_with_a_line
+from gem.model.source import find_model
 
 # A command that has a setting as a flag has its default too.
 DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
@@ -89,12 +94,14 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
-    from gem.loop import report, train
+    settings = load_config(config, context.args)
+    _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
+    from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
     console = Console()
     try:
-        result = train(load_config(config, context.args), console, resume=resume)
+        result = train(settings, console, resume=resume)
         if is_main():
             report(result, console)
     finally:
@@ -132,12 +139,7 @@ def calibrate_command(
 
     Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
     """
-    from gem.calibration.features import feature_columns
-    from gem.calibration.score_file import write_score
-    from gem.calibration.table import score_report
     from gem.config.use import CalibrateSettings
-    from gem.report.page import write_report
-    from gem.use.calibrate import calibrate_data
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -145,7 +147,10 @@ def calibrate_command(
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
     names = tuple(name.strip() for name in features.split(",") if name.strip())
-    feature_columns(names)
+    if unknown := sorted(set(names) - set(CHOICES["score_features"])):
+        raise UserError(f"--features: {unknown[0]!r} is unknown; choose from {', '.join(CHOICES['score_features'])}")
+    if eval_file is not None and not sample:
+        raise UserError("--eval-file: expected --sample of at least 1 with it, got 0: the score is tested on samples")
     bad = "skip" if skip_bad else "error"
     settings = CalibrateSettings(
         num_generations=sample, score_features=names,
@@ -154,6 +159,14 @@ def calibrate_command(
         prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,
         answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
+    _check_places(model, pairs, eval_file)
+    from gem.calibration.features import feature_columns
+    from gem.calibration.score_file import write_score
+    from gem.calibration.table import score_report
+    from gem.report.page import write_report
+    from gem.use.calibrate import calibrate_data
+
+    feature_columns(names)
     console = Console(stderr=True)
     score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
@@ -198,7 +211,6 @@ def score_command(
     Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
     from gem.config.use import ScoreSettings
-    from gem.use.score import score_data
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -211,6 +223,9 @@ def score_command(
         completion_column=completion_column, chosen_column=chosen_column, rejected_column=rejected_column,
         answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
+    _check_places(model, data)
+    from gem.use.score import score_data
+
     _write_rows(score_data(model, data, settings, score, Console(stderr=True)), out)
 
 
@@ -239,7 +254,6 @@ def generate_command(
     The answer goes to standard output, what is known of it to standard error.
     """
     from gem.config.use import GenerateSettings
-    from gem.use.generate import generate, print_answers, read_prompt
 
     _check_out(out)
     given = {} if temperature is None else {"temperature": temperature}
@@ -248,6 +262,9 @@ def generate_command(
         answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, seed=seed, device=device,
         **given,
     )  # fmt: skip
+    _check_places(model)
+    from gem.use.generate import generate, print_answers, read_prompt
+
     rows = generate(model, read_prompt(prompt), settings, score, Console(stderr=True))
     if out is not None:
         _write_rows(rows, out)
@@ -288,8 +305,6 @@ def evaluate_command(
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
     from gem.config.use import EvaluateSettings
-    from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.use.evaluate import evaluate_data
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
@@ -303,6 +318,12 @@ def evaluate_command(
         chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
         overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
+    _check_places(model, data)
+    if reference is not None:
+        _check_places(reference)
+    from gem.evaluation.report import evaluation_metrics, evaluation_table
+    from gem.use.evaluate import evaluate_data
+
     result = evaluate_data(model, data, settings, reference, Console(stderr=True))
     if as_json:
         print(json.dumps(evaluation_metrics(result)))
@@ -367,13 +388,14 @@ def main() -> None:
     """The `gem` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        with end_with_a_line():
+            app()
     except UserError as error:
         print(f"gem: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("gem: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(f"gem: {stop if isinstance(stop, Interrupted) else 'interrupted'}", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
 
 
 def _check_out(out: Path | None) -> None:
@@ -383,17 +405,17 @@ def _check_out(out: Path | None) -> None:
         raise UserError(f"--out: the directory {out.parent} does not exist")
 
 
+def _check_places(model: str, *sources: str | None) -> None:
+    """Raises where a name is plainly that of a file or directory which is not there."""
+    for source in filter(None, sources):
+        check_source(source)
+    find_model(model)
+
+
 def _write_rows(rows, out: Path | None) -> None:
     """JSON lines to `out`, complete or not at all, or to standard output as they come."""
     if out is None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "--out: cannot write")

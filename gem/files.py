@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from gem.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def path_of(name: str | Path, what: str) -> Path:
+    """The path of that name, "~" as the home directory; `UserError` where it cannot be looked at. It need not exist."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except RuntimeError as error:
+        raise UserError(f"{what}: {name}: there is no such user, so no home directory; write the path out") from error
+    except ValueError as error:  # a NUL character, half a character
+        raise UserError(f"{what}: {str(name)!r} is no name of a file: {error}") from error
+    except OSError as error:
+        text = str(name) if len(str(name)) <= 100 else f"{str(name)[:100]}..."
+        raise UserError(f"{what}: cannot look at {text!r}: {error.strerror}") from error
+    return path
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[str], what: str = "cannot write", then: str = "") -> None:
+    """A file of these lines beside `path`, which takes that name once it is whole and on the disk.
+
+    A failure to write is a UserError of `what`, the path, the reason, and `then`; what the lines raise is theirs. Then
+    nothing is left behind, and a file that was there is as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _as_user_error(what, path, then):
+            file = part.open("w", encoding="utf-8")
+        try:
+            for line in lines:
+                with _as_user_error(what, path, then):
+                    file.write(line)
+            with _as_user_error(what, path, then):
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                file.close()
+        with _as_user_error(what, path, then):
+            part.replace(path)
+            _flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str, path: Path, then: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}{then}") from error
 
 
 def write_directory(path: Path, fill: Callable[[Path], None], what: str, then: str = "") -> None:
@@ -42,7 +96,9 @@ def write_directory(path: Path, fill: Callable[[Path], None], what: str, then: s
         shutil.rmtree(part, ignore_errors=True)
         if not _is_write_failure(error):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        if "inline_container" in reason:
+            reason = "fewer bytes reached the disk than were written (is it full?)"
         raise UserError(f"{what}: {reason}{then}") from error
     shutil.rmtree(old, ignore_errors=True)
 
@@ -57,6 +113,7 @@ def remove_directory(path: Path) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A directory of `model.safetensors` alone, whole or not at all."""
+    from safetensors.torch import save_file  # imports torch, which no one who writes text needs
 
     def fill(part: Path) -> None:
         part.mkdir()
@@ -66,6 +123,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     try:
         return load_file(path / "model.safetensors")
     except Exception as error:
@@ -85,5 +144,9 @@ def _is_write_failure(error: Exception) -> bool:
     """OSError, or what safetensors and torch make of one: both say little by type and much in words."""
     words = str(error).lower()
     return isinstance(error, OSError) or any(
-        hint in words for hint in ("no space", "os error", "i/o error", "ioerror", "write failed", "iostream", "pwrite")
+        hint in words
+        for hint in (
+            *("no space", "os error", "i/o error", "ioerror", "write failed", "iostream", "pwrite"),
+            "inline_container",  # torch.save, of fewer bytes than it wrote
+        )
     )

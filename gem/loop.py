@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from gem.checkpoint import states
 from gem.config.settings import TrainConfig
-from gem.errors import UserError
+from gem.errors import Interrupted, UserError
 from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.evaluation.report import evaluation_metrics, evaluation_table
+from gem.interrupt import Interrupt
 from gem.parallel import processes
 from gem.progress import progress
 from gem.report.page import write_report
-from gem.run import checkpoint
 from gem.run.calibration import gate_is_open, measure_score, with_score
 from gem.run.guards import Guards, watch
 from gem.run.keep_best import forget_weights, keep_better, keep_weights
 from gem.run.metrics import step_metrics
-from gem.run.session import RunState, Session, prepare, save
+from gem.run.save_points import SavePoints
+from gem.run.session import RunState, Session, prepare
 from gem.run.stages import Stage, planned_stages
 from gem.run.tracking import completion_rows
 from gem.scoring.score import ScoredRollout
 from gem_kernels import LinearScore
+
+# What a disk or its permissions say; other failures of the system are not the run's to explain.
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR),
+}
 
 
 @dataclass(frozen=True)
@@ -45,20 +56,42 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     clock = Clock()
     accelerator = processes.make_accelerator(config.device)
     console = (console or Console()) if processes.is_main() else Console(quiet=True)
-    session, state = prepare(config, accelerator, console, resume)
-    clock.lap("loading")
-    try:
-        model_dir, saved = run_stages(session, state, clock)
-    except BaseException:
-        session.tracker.close(failed=True)
-        raise
-    session.tracker.close()
+    with places_named(Path(config.output_dir).expanduser()):
+        session, state = prepare(config, accelerator, console, resume)
+        clock.lap("loading")
+        try:
+            with Interrupt() as interrupt:
+                model_dir, saved = run_stages(session, state, clock, SavePoints(session, state, interrupt))
+            session.tracker.close()
+        finally:
+            session.tracker.close(failed=True)  # does nothing the second time
+            session.folder.close()
     processes.wait_for_all()
     page = write_page(session.run_dir, console) if processes.is_main() else None
     return TrainResult(session.run_dir, model_dir, state.evaluations, clock.seconds, page, saved)
 
 
-def run_stages(session: Session, state: RunState, clock: Clock) -> tuple[Path, str]:
+@contextmanager
+def places_named(run_dir: Path) -> Iterator[None]:
+    """A disk that fails, or is full, is one UserError; that and a signal's end name the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or run_dir
+        raise UserError(f"cannot use {where}: {error.strerror}; {states.where_to_continue(run_dir)}") from error
+    except Interrupted as ended:
+        kept = states.checkpoints(run_dir)
+        if "--resume" in str(ended) or not (run_dir / "config.yaml").is_file():
+            raise
+        words = "there is no checkpoint"
+        if kept:
+            words = f"the last good checkpoint is {kept[-1].name}: continue with --resume"
+        raise Interrupted(ended.number, f" at once; {words}") from None
+
+
+def run_stages(session: Session, state: RunState, clock: Clock, points: SavePoints) -> tuple[Path, str]:
     """All that is left of a run; the directory of the model that comes out, and the stage that it is the model of."""
     if "start" not in state.evaluations:
         state.evaluations["start"] = run_evaluation(session, state, "start")
@@ -66,8 +99,9 @@ def run_stages(session: Session, state: RunState, clock: Clock) -> tuple[Path, s
     saved = ""
     for kind in planned_stages(session.config):
         if kind.name not in state.evaluations:
+            points.after_evaluation()
             stage = kind(session)
-            if not run_stage(stage, session, state):
+            if not run_stage(stage, session, state, points):
                 break
             clock.lap(stage.name)
             before = list(state.evaluations)[-1]
@@ -79,13 +113,13 @@ def run_stages(session: Session, state: RunState, clock: Clock) -> tuple[Path, s
     model_dir = session.run_dir / "model"
     model, tokenizer = session.policy.model, session.form.tokenizer
     weights = processes.whole_state_dict(model)
-    processes.on_main(lambda: checkpoint.save_model(model, tokenizer, model_dir, weights))
+    processes.on_main(lambda: states.save_model(model, tokenizer, model_dir, weights))
     forget_weights(session)
     clock.lap("saving")
     return model_dir, saved
 
 
-def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
+def run_stage(stage: Stage, session: Session, state: RunState, points: SavePoints) -> bool:
     """All steps of a stage, or those that are left of it where the run is resumed within it.
 
     False: the objective was not begun, because its score did not pass the gate.
@@ -119,6 +153,8 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                     f"{stage.name}, step {state.step}: the loss or gradient was not finite {stage.trainer.bad_steps} "
                     "times in a row; lower learning_rate, or set dtype: float32"
                 )
+            if result.scored is not None and not stage.samples_once:
+                stage.check_candidates(result.scored, state.step)
             every = 1 if stage.samples_once else config.log_completions_steps
             if result.scored is not None and config.log_completions_steps and is_due(every, state.step):
                 write_samples(session, stage, state.step, result.scored)
@@ -129,8 +165,7 @@ def run_stage(stage: Stage, session: Session, state: RunState) -> bool:
                 watch(guards, stage, state, row, evaluation)
                 if state.step < stage.num_steps and is_due(config.recalibrate_steps, state.step):
                     recalibrate(stage, state, guards)
-            if is_due(config.save_steps, state.total_steps) or (config.save_steps and state.step == stage.num_steps):
-                save(session, state, {**stage.state_dict(), "guards": guards.state_dict()})
+            points.after_step(stage, guards)
             bar.note(result.note)
             bar.advance()
     stage.finish()

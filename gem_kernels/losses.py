@@ -36,8 +36,9 @@ def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, 
 
 def _as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """[] float32, without a wait for the device."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32)
+    if isinstance(value, Tensor) and value.device == device:
+        return value.float()
+    value = float(value)  # of a tensor on the host: a kernel's argument, where a copy to the device would wait for it
     if torch.compiler.is_compiling():  # a product takes another number without another compilation
         return torch.ones((), dtype=torch.float32, device=device) * value
     return torch.full((), value, dtype=torch.float32, device=device)

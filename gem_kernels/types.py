@@ -5,8 +5,8 @@
     B  = P * G sequences   T  padded completion length
 
 Every floating-point output is float32, whatever the input. Entropies and log-probabilities are in nats.
-The types are pytrees, so they pass through torch.compile, torch.utils._pytree and torch.func. The functions of logits run in
-torch.func.grad; those of hidden states raise an error there.
+The types are pytrees, so they pass through torch.compile, torch.utils._pytree and torch.func. The functions of logits
+run in torch.func.grad; those of hidden states raise an error there.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class SegaOutput:
     logprobs: Tensor
     entropy: Tensor
     path: str = "logits"
-    """How the gradients were made: "logits", "one_shot" (3 G) or "two_phase" (3 to 4 G); G = 2 N D V flop."""
+    """How the gradients were made: "logits", "one_shot" (3 products with the head, 2 where it is frozen) or "two_phase"
+    (3 to 4). A product is 2 N D V flop."""
     active_share: Tensor | None = None
     """With `active_vocab`: the share of the vocabulary's columns that was kept, averaged over rows."""
     active_error: Tensor | None = None

@@ -20,7 +20,8 @@ from gem.data.batches import TokenizedPair
 from gem.data.prompts import TextFormat, text_format
 from gem.loop import train
 from gem.model.forward import Policy
-from gem.model.load import end_token_ids, find_model, load_model_config, load_model_for_training, load_tokenizer
+from gem.model.load import end_token_ids, load_model_config, load_model_for_training, load_tokenizer
+from gem.model.source import find_model
 from gem.parallel import processes
 from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.score import ScoredRollout, rank_candidates

@@ -17,9 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from gem.calibration.features import (
     CALIBRATED,
@@ -342,6 +339,8 @@ def _scales(
 
 def _fit(scaled: np.ndarray, l2: float) -> np.ndarray:
     """w [F] of standardised differences. Each pair stands there in both orders, so its loss counts twice."""
+    from sklearn.linear_model import LogisticRegression  # a second of imports, for who calibrates
+
     model = LogisticRegression(C=1 / (2 * l2), fit_intercept=False, solver="newton-cholesky", tol=1e-8, max_iter=1000)
     both = np.concatenate([scaled, -scaled])
     return model.fit(both, np.repeat([1, 0], len(scaled))).coef_[0]
@@ -363,6 +362,8 @@ def _refit(differences: np.ndarray, counts: np.ndarray, scales: np.ndarray, l2: 
 
 
 def _newton(differences: np.ndarray, counts: np.ndarray, scales: np.ndarray, l2: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
     size = differences.shape[1]
     products = (differences[:, :, None] * differences[:, None, :]).reshape(len(differences), -1)
     outer = scales[:, :, None] * scales[:, None, :]
@@ -387,6 +388,8 @@ def _choose_strengths(
     fixed: np.ndarray | None = None,
 ) -> np.ndarray:
     """The strength with the smallest held-out log-loss for each choice of rows, by counts [K, N] of 0 and 1: [K]."""
+    from sklearn.model_selection import GroupKFold
+
     tasks, rows_of = [], []
     for k, kept in enumerate(counts > 0):
         rows = np.flatnonzero(kept)
@@ -424,6 +427,8 @@ def _held_out_weights(
     differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, fixed: np.ndarray | None
 ) -> np.ndarray:
     """Weights of raw features, w / s, of the score that knows nothing of the pair's prompt, [N, F]."""
+    from sklearn.model_selection import GroupKFold
+
     number = int(groups.max()) + 1
     num_folds = min(number, max(10, MAX_HELD_OUT // len(groups)))
     folds = [test for _, test in GroupKFold(num_folds).split(groups, groups=groups)]

@@ -9,9 +9,6 @@ turn a score into a probability of being right, `fit_platt`; it holds for sample
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from gem.calibration.score_file import Platt, ReliabilityBin
 
@@ -38,6 +35,8 @@ def fit_platt(scores: np.ndarray, correct: np.ndarray, valid: np.ndarray) -> Pla
     probabilities off 0 and 1. None where the samples bear no such statement: all right, all wrong, all of one score,
     or a slope that is not positive (a higher score then does not mean right, whatever it says within a prompt).
     """
+    from sklearn.linear_model import LogisticRegression  # a second of imports, for who calibrates
+
     values, right = scores[valid], correct[valid]
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong or np.ptp(values) <= 1e-9 * np.abs(values).max():
@@ -55,6 +54,8 @@ def fit_platt(scores: np.ndarray, correct: np.ndarray, valid: np.ndarray) -> Pla
 
 def right_probabilities(platt: Platt, scores: np.ndarray) -> np.ndarray:
     """sigma(slope * S + intercept), any shape."""
+    from scipy.special import expit
+
     return expit(platt.slope * scores + platt.intercept)
 
 
@@ -64,6 +65,8 @@ def reliability(scores: np.ndarray, correct: np.ndarray, valid: np.ndarray) -> l
     Each prompt's samples are predicted by Platt's numbers fitted on other prompts, in up to `FOLDS` groups of prompts.
     Empty with one prompt, or where one of the fits says nothing.
     """
+    from sklearn.model_selection import GroupKFold
+
     if len(scores) < 2:
         return []
     predicted = np.zeros(scores.shape)

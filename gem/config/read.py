@@ -50,11 +50,9 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the resolved configuration as YAML; `gem train` reads it back to the same config."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+def config_text(config: TrainConfig) -> str:
+    """The resolved configuration as YAML; `gem train` reads it back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def commented_config(preset: str = "paper") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gem.checkpoint.folder import check_run_directory
 from gem.config.read import build_config
 from gem.config.settings import TrainConfig
 from gem.demo.arithmetic import arithmetic_pairs
@@ -17,7 +18,6 @@ from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation
 from gem.files import write_jsonl
 from gem.loop import TrainResult, report_run, train
-from gem.run.checkpoint import check_run_directory
 from gem.statistics import Estimate
 
 # Chosen by measurement on 2 CPU cores in fp32, where the demo must end well within ten minutes.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.model.lora import CONFIG_FILE, add_lora, is_adapted, load_adapter, merged_state_dict, read_adapter_config
+from gem.model.checks import check_causal, check_finite, check_loaded
+from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
+from gem.model.source import ModelSource
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Package and module of those that are not torch's.
@@ -35,45 +37,6 @@ FLASH = {
     "flash_attention_2": ("flash-attn", "flash_attn"),
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
 }
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where `from_pretrained` finds a model: its first argument, the file within it where it is a GGUF, and the
-    directory of the LoRA adapter that goes on it."""
-
-    name: str
-    gguf_file: str | None
-    adapter: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": False}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
-
-
-def find_model(model: str) -> ModelSource:
-    """A GGUF file, a directory (of transformers, of a LoRA adapter, or holding one GGUF file), else a hub id."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UserError(f"model: {model}: expected a directory or a .gguf file")
-        return ModelSource(str(path.parent), path.name)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return ModelSource(str(path), None)
-        if (path / CONFIG_FILE).is_file():
-            return replace(find_model(read_adapter_config(path)["base_model_name_or_path"]), adapter=str(path))
-        ggufs = sorted(p.name for p in path.glob("*.gguf"))
-        if len(ggufs) != 1:
-            what = f"{len(ggufs)} .gguf files; name one of them" if ggufs else "neither config.json nor a .gguf file"
-            raise UserError(f"model: {model}: the directory holds {what}")
-        return ModelSource(str(path), ggufs[0])
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
-        raise UserError(f"model: {model}: no such file or directory")
-    return ModelSource(model, None)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -113,20 +76,13 @@ def load_model(
     if use_liger_kernel:
         check_liger(config, device)
     extra = {} if source.gguf_file else {"use_safetensors": True}
-    with _QuietTransformers():
-        model = _load(
-            AutoModelForCausalLM,
-            source,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            **extra,
-        )
+    model = _load_weights(source, config=config, dtype=getattr(torch, dtype), attn_implementation=attention, **extra)
     if source.gguf_file:
         _forget_quantization(model)
     model = model.to(device)
     if use_liger_kernel:
         _apply_liger(model)
+    _check_model(model.eval(), source)
     if source.adapter:
         model = load_adapter(model, source.adapter, trainable=False)
     return model.eval()
@@ -175,9 +131,11 @@ def find_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise UserError(f"device: cannot use {device!r}: {_one_line(error)}") from error
+    if kind == "meta":
+        raise UserError("device: meta holds no numbers; expected auto, cpu, cuda, ...")
     return device
 
 
@@ -189,6 +147,8 @@ def find_attention(name: str, dtype: str, device: str) -> str | None:
         return "flash_attention_2" if has_flash and dtype == "bfloat16" else None
     if name not in ATTENTION:  # other names of transformers download code from a hub
         raise UserError(f"attn_implementation: expected auto, {', '.join(ATTENTION)}, got {name!r}")
+    if name == "flex_attention" and not device.startswith("cuda"):  # on a CPU it has no backward
+        raise UserError("attn_implementation: flex_attention needs a CUDA device: set it to auto")
     if name in FLASH:  # where its module is missing, transformers takes compiled code from a hub
         package, module = FLASH[name]
         if not (device.startswith("cuda") and dtype == "bfloat16" and importlib.util.find_spec(module) is not None):
@@ -213,6 +173,7 @@ def check_4bit(device: str) -> None:
     """Raises unless bitsandbytes is there and has kernels for the device."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit: needs bitsandbytes: pip install bitsandbytes, or leave load_in_4bit out")
+    quiet_bitsandbytes()
     import bitsandbytes
 
     supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
@@ -291,21 +252,20 @@ def _load_in_4bit(source: ModelSource, config: PreTrainedConfig, settings: Train
     )
     if settings.use_liger_kernel:
         check_liger(config, device)
-    with _QuietTransformers():
-        model = _load(
-            AutoModelForCausalLM,
-            source,
-            config=config,
-            dtype=torch.bfloat16,
-            attn_implementation=find_attention(settings.attn_implementation, "bfloat16", device),
-            quantization_config=quantization,
-            device_map={"": device},
-            use_safetensors=True,
-        )
+    model = _load_weights(
+        source,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation=find_attention(settings.attn_implementation, "bfloat16", device),
+        quantization_config=quantization,
+        device_map={"": device},
+        use_safetensors=True,
+    )
     if device.startswith("cpu"):
         _make_4bit_safe_on_cpu(model)
     if settings.use_liger_kernel:
         _apply_liger(model)
+    _check_model(model.eval(), source)
     return model
 
 
@@ -334,11 +294,31 @@ def _apply_liger(model: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def _load_weights(source: ModelSource, **arguments: Any) -> PreTrainedModel:
+    """The model, once every weight of it has come from the file."""
+    with _QuietTransformers():
+        model, info = _load(
+            AutoModelForCausalLM,
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),  # `check_loaded` names them
+            **arguments,
+        )
+    check_loaded(info, source.words)
+    return model
+
+
+def _check_model(model: PreTrainedModel, source: ModelSource) -> None:
+    if not is_deepspeed_zero3_enabled():  # which holds shares of the weights, and gathers them in its own forward
+        check_finite(model.named_parameters(), source.words)
+        check_causal(model, source.words)
+
+
 def _load(loader: Any, source: ModelSource, **arguments: Any) -> Any:
     try:
         return loader.from_pretrained(source.name, **source.arguments, **arguments)
     except Exception as error:  # foreign files break in any way, struct.error within a cut-off GGUF included
-        raise UserError(f"model: cannot load {source.gguf_file or source.name}: {_one_line(error)}") from error
+        raise UserError(f"model: cannot load {source.words}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -6,19 +6,21 @@ A directory that holds an adapter has `adapter_config.json`, which names the mod
 
 from __future__ import annotations
 
-import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gem.config.settings import Lora
 from gem.errors import UserError
+from gem.model.checks import check_finite, some_of
+from gem.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gem.parallel import processes
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
@@ -37,29 +39,26 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter whose weights are safetensors; anything else is refused."""
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {directory / CONFIG_FILE}: cannot read it: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-        raise UserError(f"model: {directory / CONFIG_FILE}: base_model_name_or_path is missing")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"model: {directory}: expected a LoRA adapter, got {config.get('peft_type')}")
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise UserError(f"model: {directory}: {WEIGHTS_FILE} is missing (weights are read from safetensors only)")
-    return config
-
-
 def load_adapter(model: PreTrainedModel, directory: str, *, trainable: bool) -> nn.Module:
     """The model under the adapter of `directory`, to be trained on; or, not `trainable`, with it merged in."""
     peft = _peft("model")
     try:
-        adapted = peft.PeftModel.from_pretrained(model, directory, is_trainable=trainable, use_safetensors=True)
+        with safe_open(Path(directory) / ADAPTER_WEIGHTS, "pt") as file, warnings.catch_warnings():
+            there = set(file.keys())
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below, as an error
+            adapted = peft.PeftModel.from_pretrained(model, directory, is_trainable=trainable, use_safetensors=True)
     except Exception as error:  # foreign files break in any way
         why = " ".join(str(error).split())[:300]
         raise UserError(f"model: cannot load the adapter in {directory}: {why}") from error
+    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    unknown = {key for key in there - wanted if key not in adapted.state_dict()}
+    if wanted - there or unknown:
+        faults = (("missing", wanted - there), ("no part of it", unknown))
+        raise UserError(
+            f"model: {directory}: its weights are not those that {ADAPTER_CONFIG} describes; "
+            f"{'; '.join(f'{what}: {some_of(keys)}' for what, keys in faults if keys)}; get the adapter again"
+        )
+    check_finite(((key, p) for key, p in adapted.named_parameters() if "lora_" in key), directory)
     # Merged it is a model like any other; peft had frozen it.
     return adapted if trainable else adapted.merge_and_unload().requires_grad_(True)
 
@@ -118,7 +117,13 @@ def _targets(model: PreTrainedModel, names: str) -> str | list[str]:
     return targets
 
 
+def quiet_bitsandbytes() -> None:
+    """On importing it, which peft does, it warns of a kernel that it would take from a hub and does well without."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def _peft(setting: str) -> Any:
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError as error:

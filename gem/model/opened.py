@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gem.config.settings import TextSettings
 from gem.data.prompts import TextFormat, text_format
 from gem.errors import UserError
 from gem.model import load
+from gem.model.checks import check_vocabulary
 from gem.model.forward import Policy, inner_model
+from gem.model.source import ModelSource, find_model
 
 # A name, or (model, tokenizer).
 ModelLike = str | Path | tuple[nn.Module, PreTrainedTokenizerBase]
@@ -27,7 +29,7 @@ class OpenedModel:
     name: str
     form: TextFormat
     context: int | None  # positions
-    model: nn.Module | load.ModelSource
+    model: nn.Module | ModelSource
 
     def policy(self, device: str = "auto") -> tuple[Policy, TextFormat]:
         """(the policy, in fp32 where it is loaded by name; its text format with all end tokens).
@@ -35,7 +37,7 @@ class OpenedModel:
         A model given as an object stays where it is, in its dtype.
         """
         model = self.model
-        if isinstance(model, load.ModelSource):
+        if isinstance(model, ModelSource):
             model = load.load_model(model, load.load_model_config(model), "float32", device)
         ends = load.end_token_ids(inner_model(model), self.form.tokenizer, self.form.end_of_turn)
         return Policy(model), dataclasses.replace(self.form, end_tokens=ends)
@@ -45,9 +47,9 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
     """A model by its name (a directory, a GGUF file, a hub id), or (model, tokenizer) as objects."""
     if not isinstance(model, tuple | list):
         name = model_name(model)
-        source = load.find_model(name)
-        form = text_format(load.load_tokenizer(source), text)
-        return OpenedModel(name, form, load.context_length(load.load_model_config(source)), source)
+        source = find_model(name)
+        form, config = open_text(source, text)
+        return OpenedModel(name, form, load.context_length(config), source)
     if len(model) != 2 or not isinstance(model[0], nn.Module) or not isinstance(model[1], PreTrainedTokenizerBase):
         got = ", ".join(type(part).__name__ for part in model)
         raise UserError(f"model: expected a name, or (model, tokenizer) of transformers, got ({got})")
@@ -56,7 +58,15 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
         raise UserError("model: the tokenizer has no pad_token; set tokenizer.pad_token = tokenizer.eos_token")
     config = inner_model(network).config
     name = str(getattr(config, "_name_or_path", "") or type(network).__name__)
+    check_vocabulary(tokenizer, config, name)
     return OpenedModel(name, text_format(tokenizer, text), load.context_length(config), network)
+
+
+def open_text(source: ModelSource, text: TextSettings) -> tuple[TextFormat, PreTrainedConfig]:
+    """What is known of a model without its weights: the format of its text, and its configuration."""
+    tokenizer, config = load.load_tokenizer(source), load.load_model_config(source)
+    check_vocabulary(tokenizer, config, source.words)
+    return text_format(tokenizer, text), config
 
 
 def model_name(model: Any) -> str:

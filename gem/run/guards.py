@@ -21,13 +21,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from gem.checkpoint import states
 from gem.config.settings import GuardSettings
 from gem.evaluation.evaluate import Evaluation
 from gem.evaluation.report import evaluation_metrics
 from gem.parallel import processes
-from gem.run import checkpoint
 from gem.run.session import RunState
 from gem.run.stages import Stage
 
@@ -177,23 +178,28 @@ def _act(action: str, stage: Stage, state: RunState, found: list[Breach]) -> Non
 
 
 def _keep_best(stage: Stage, state: RunState, accuracy: float) -> None:
-    """The weights and moments as they are, if no evaluation was better; the ones before go with the next checkpoint,
-    which no longer speaks of them."""
+    """The weights and moments as they are, if no evaluation was better; the ones before go once no checkpoint speaks of
+    them."""
     if accuracy < state.best_accuracy:
         return
     session = stage.session
     state.best, state.best_accuracy = f"best-{state.total_steps}", accuracy
     path = session.run_dir / state.best
-    parameters, moments = checkpoint.trained_parameters(stage.policy.model), stage.trainer.state_dict()
-    processes.on_main(lambda: checkpoint.save_state(path, parameters, {"trainer": moments}))
-    if not session.config.save_steps:
-        processes.on_main(lambda: checkpoint.remove_others(session.run_dir, "best-*", state.best))
+    parameters, moments = states.trained_parameters(stage.policy.model), stage.trainer.state_dict()
+    processes.on_main(lambda: states.save_state(path, parameters, {"trainer": moments}))
+    remove_needless(session.run_dir, state)
+
+
+def remove_needless(run_dir: Path, state: RunState) -> None:
+    """Best weights that are neither the best ones nor those of a checkpoint."""
+    keep = {str(state.best)}
+    processes.on_main(lambda: states.remove_others(run_dir, "best-*", keep | states.needed_directories(run_dir)))
 
 
 def _roll_back(stage: Stage, state: RunState) -> None:
     """Weights and moments of the best evaluation; the learning rate goes on from where it is."""
-    parameters, saved = checkpoint.load_checkpoint(stage.session.run_dir / state.best)
-    checkpoint.restore_parameters(stage.policy.model, parameters)
+    parameters, saved = states.load_checkpoint(stage.session.run_dir / state.best)
+    states.restore_parameters(stage.policy.model, parameters)
     num_steps, bad_steps = stage.trainer.num_steps, stage.trainer.bad_steps
     stage.trainer.load_state_dict({**saved["trainer"], "num_steps": num_steps, "bad_steps": bad_steps})
 

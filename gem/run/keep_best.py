@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gem.checkpoint import states
 from gem.evaluation.evaluate import Evaluation, reward_differences
 from gem.parallel import processes
-from gem.run import checkpoint
 from gem.run.session import RunState, Session
 from gem.statistics import Estimate, mean_estimate
 
-_KEPT = "before-objective"
+KEPT = "before-objective"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Change:
 
 def keep_weights(session: Session) -> None:
     """What is trained, as it is now, on the disk."""
-    parameters = checkpoint.trained_parameters(session.policy.model)
-    processes.on_main(lambda: checkpoint.save_state(session.run_dir / _KEPT, parameters, {}))
+    parameters = states.trained_parameters(session.policy.model)
+    processes.on_main(lambda: states.save_state(session.run_dir / KEPT, parameters, {}))
 
 
 def changes(session: Session, before: Evaluation, after: Evaluation) -> list[Change]:
@@ -76,8 +76,8 @@ def keep_better(session: Session, state: RunState, before: str, after: str) -> s
     which = "the model at the start" if name == "start" else f"the model after {name}"
     session.console.print(f"keep_best: {words}: {which} is saved", highlight=False, soft_wrap=True)
     if fell:
-        parameters, _ = checkpoint.load_checkpoint(session.run_dir / _KEPT)
-        checkpoint.restore_parameters(session.policy.model, parameters)
+        parameters, _ = states.load_checkpoint(session.run_dir / KEPT)
+        states.restore_parameters(session.policy.model, parameters)
         done = f"{words}: {which} is saved"
         line = {"stage": "guard", "step": state.step, "guards": ["keep_best"], "action": "keep_best", "done": done}
         session.tracker.write(line, state.total_steps)
@@ -85,4 +85,4 @@ def keep_better(session: Session, state: RunState, before: str, after: str) -> s
 
 
 def forget_weights(session: Session) -> None:
-    processes.on_main(lambda: checkpoint.remove_others(session.run_dir, _KEPT, None))
+    processes.on_main(lambda: states.remove_others(session.run_dir, KEPT))

@@ -23,13 +23,13 @@ def step_metrics(result: StepResult) -> dict[str, Any]:
 def rollout_metrics(scored: ScoredRollout) -> dict[str, Any]:
     """Of the candidates of a step."""
     batch = scored.rollout.batch
-    groups = scored.rewards.view(-1, batch.num_generations)
+    num_groups = len(batch.prompt_ids)
     means = summarize(scored)
-    zero_groups = len(groups) - len(groups_with_gradient(scored))
+    zero_groups = num_groups - len(groups_with_gradient(scored))
     return {
         "reward": float(scored.rewards[scored.scores.valid].mean()) if bool(scored.scores.valid.any()) else 0.0,
-        "reward_std": float(groups.std(1).mean()),
-        "frac_reward_zero_std": zero_groups / len(groups),
+        "reward_std": reward_std(scored),
+        "frac_reward_zero_std": zero_groups / num_groups,
         "entropy": float(scored.entropy.sum()) / int(batch.lengths.sum()),
         "completions/mean_length": means.mean_length,
         "completions/min_length": int(batch.lengths.min()),
@@ -41,6 +41,13 @@ def rollout_metrics(scored: ScoredRollout) -> dict[str, Any]:
         "gem/answer_span_found": means.answer_span_found,
         **ranking_metrics(scored),
     }
+
+
+def reward_std(scored: ScoredRollout) -> float:
+    """The mean over the groups of the sample deviation of their rewards, of candidates that count; 0 without two."""
+    rewards, valid = (x.view(-1, scored.rollout.batch.num_generations) for x in (scored.rewards, scored.scores.valid))
+    found = [float(row[counts].std()) for row, counts in zip(rewards, valid) if int(counts.sum()) >= 2]
+    return sum(found) / len(found) if found else 0.0
 
 
 def fork_repetition(scored: ScoredRollout, top_m: float | int) -> float:

@@ -9,38 +9,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
 
 from gem.calibration.score_file import Score, read_score, write_score
-from gem.config.read import load_config, save_config
+from gem.checkpoint import states
+from gem.checkpoint.folder import RunFolder, check_run_directory, refuse_links
+from gem.checkpoint.tree import from_tree, to_tree
+from gem.config.read import config_text, load_config
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
 from gem.data.pairs import load_prompts, load_run_pairs
-from gem.data.prompts import TextFormat, text_format
+from gem.data.prompts import TextFormat
 from gem.data.sources import check_source
 from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation
+from gem.files import remove_directory, write_lines
 from gem.model.forward import Policy
 from gem.model.load import (
     context_length,
     end_token_ids,
-    find_model,
-    load_model_config,
     load_model_for_training,
-    load_tokenizer,
 )
+from gem.model.opened import open_text
+from gem.model.source import find_model
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
-from gem.run import checkpoint
 from gem.run.tracking import Tracker, check_report_to
 from gem_kernels import LinearScore
 
-# What a resumed run may have other than the run it continues: nothing that its numbers depend on.
-MAY_CHANGE = ("save_steps", "save_total_limit", "report_to", "max_bad_steps", "vllm_server_url")
+# What a resumed run may have other than the run it continues: nothing that its numbers depend on,
+MAY_CHANGE = (
+    *("save_minutes", "save_steps", "save_total_limit", "report_to"),
+    *("max_bad_steps", "max_empty_steps", "vllm_server_url"),
+)
+# and where things are: a folder may have been moved. A checkpoint knows the data by what is in it.
+MAY_MOVE = ("output_dir", "train_file", "eval_file", "prompts_file")
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,16 @@ class Session:
     train_pairs: list[TokenizedPair]
     eval_pairs: list[TokenizedPair]
     prompts: list[TokenizedPair]  # those that candidates are sampled for; their answers are not looked at
-    run_dir: Path
+    data: str  # fingerprint of the three
+    folder: RunFolder
     tracker: Tracker
     console: Console
     sampler: Sampler | None  # vLLM; None: the model itself
     linear: LinearScore | None = None  # the score of the file that `score` names
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.path
 
 
 @dataclass
@@ -76,7 +89,20 @@ class RunState:
 
 def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, resume: bool) -> tuple[Session, RunState]:
     """Checks paths, services, data and lengths, loads the model, and makes or reopens the run's directory."""
-    run_dir = check_resume(config) if resume else checkpoint.check_run_directory(config.output_dir)
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    try:
+        return _prepare(config, accelerator, console, folder, resume)
+    except BaseException:
+        folder.undo()
+        raise
+
+
+def _prepare(
+    config: TrainConfig, accelerator: Accelerator, console: Console, folder: RunFolder, resume: bool
+) -> tuple[Session, RunState]:
+    continued = check_resume(config, folder, console) if resume else None
+    if not resume:
+        check_run_directory(config.output_dir)
     check_report_to(config.report_to)
     given = given_score(config)
     for source in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
@@ -85,8 +111,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     source = find_model(config.model)
     check_vllm(config, source)
     console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form = text_format(load_tokenizer(source), config)
-    model_config = load_model_config(source)
+    form, model_config = open_text(source, config)
     train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
     prompts = train_pairs
     if config.prompts_file is not None:
@@ -101,12 +126,14 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
     model = processes.prepare_model(whole, accelerator, config.max_grad_norm)
     set_seed(config.seed + processes.rank())
     linear = None if given is None else LinearScore(given.weights, given.scales)
-    if resume:
-        state, offsets = restore(run_dir, model, fingerprint(train_pairs, eval_pairs, prompts), repr(linear), console)
+    data = fingerprint(train_pairs, eval_pairs, prompts)
+    if continued is not None:
+        state, offsets = restore(continued, model, data, repr(linear), console)
+        processes.on_main(lambda: write_config(config, folder.path))  # what may change, as it is now
     else:
         state, offsets = RunState(), None
-        processes.on_main(lambda: start_run_directory(config, run_dir, given))
-    tracker = Tracker(config, run_dir, console, offsets=offsets, step=state.total_steps)
+        processes.on_main(lambda: start_run_directory(config, folder, given))
+    tracker = Tracker(config, folder.path, console, offsets=offsets, step=state.total_steps)
     return Session(
         config=config,
         accelerator=accelerator,
@@ -115,19 +142,24 @@ def prepare(config: TrainConfig, accelerator: Accelerator, console: Console, res
         train_pairs=train_pairs,
         eval_pairs=eval_pairs,
         prompts=prompts,
-        run_dir=run_dir,
+        data=data,
+        folder=folder,
         tracker=tracker,
         console=console,
-        sampler=make_sampler(config, source, run_dir),
+        sampler=make_sampler(config, source, folder.path),
         linear=linear,
     ), state
 
 
-def start_run_directory(config: TrainConfig, run_dir: Path, given: Score | None) -> None:
-    checkpoint.make_run_directory(run_dir)
-    save_config(config, run_dir / "config.yaml")
+def start_run_directory(config: TrainConfig, folder: RunFolder, given: Score | None) -> None:
+    folder.begin()
+    write_config(config, folder.path)
     if given is not None:
-        write_score(given, run_dir / "score.json")
+        write_score(given, folder.path / "score.json")
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    write_lines(run_dir / "config.yaml", [config_text(config)])
 
 
 def given_score(config: TrainConfig) -> Score | None:
@@ -155,72 +187,99 @@ def check_calibration(config: TrainConfig, pairs: Sequence[TokenizedPair]) -> No
         )
 
 
-def check_resume(config: TrainConfig) -> Path:
-    """The run's directory, if a run of this configuration can be continued in it. Changes nothing."""
-    run_dir = Path(config.output_dir).expanduser()
+def check_resume(config: TrainConfig, folder: RunFolder, console: Console) -> Path:
+    """The checkpoint to continue from, if a run of this configuration can be continued, in a folder taken for it.
+
+    Of checkpoints that are broken each is named, and removed: they would count as the newest ones.
+    """
+    run_dir = folder.path
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise UserError(f"resume: there is no run in {run_dir}; start it without --resume")
+    processes.on_main(lambda: (folder.take(), refuse_links(run_dir)))
     if (run_dir / "model").is_dir():
         raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}")
     before = load_config(saved).model_dump()
-    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in MAY_CHANGE]
+    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in (*MAY_CHANGE, *MAY_MOVE)]
     if changed:
         raise UserError(
             f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
-            f"only {', '.join(MAY_CHANGE)} may"
+            f"only {', '.join(MAY_CHANGE)} may, and places: {', '.join(MAY_MOVE)}"
         )
-    if not checkpoint.checkpoints(run_dir):
+    if not states.checkpoints(run_dir):
         raise UserError(
-            f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}); "
-            "remove it and start the run without --resume"
+            f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}, save_minutes: "
+            f"{before['save_minutes']:g}); remove it and start the run without --resume"
         )
-    return run_dir
+    chosen: list[str] = []
+
+    def choose() -> None:
+        path, broken = states.newest_whole(run_dir)
+        chosen.append(path.name)
+        for problem in broken:
+            console.print(f"{problem}; removed", highlight=False, markup=False, soft_wrap=True)
+        newer = states.checkpoints(run_dir)
+        for other in newer[newer.index(path) + 1 :]:
+            remove_directory(other)
+
+    processes.on_main(choose)
+    return run_dir / processes.gather(chosen or [""])[0]
 
 
-def restore(
-    run_dir: Path, model: nn.Module, data: str, score: str, console: Console
-) -> tuple[RunState, dict[str, int]]:
-    """The newest checkpoint into the model and the generators; (where the run is, offsets of its files)."""
-    path = checkpoint.checkpoints(run_dir)[-1]
-    parameters, saved = checkpoint.load_checkpoint(path)
+def restore(path: Path, model: nn.Module, data: str, score: str, console: Console) -> tuple[RunState, dict[str, int]]:
+    """A checkpoint into the model and the generators; (where the run is, offsets of its files)."""
+    parameters, saved = states.load_checkpoint(path)
+    states.check_state(path, saved)
     if saved["data"] != data:
         raise UserError("resume: train_file or eval_file no longer holds the pairs that the run began with")
-    if saved.get("score", score) != score:
+    if saved["score"] != score:
         raise UserError("resume: the file that score names no longer holds the score that the run began with")
     if len(saved["random"]) != processes.world_size():
         raise UserError(
             f"resume: the run has {len(saved['random'])} processes, this is {processes.world_size()}; "
             "launch as many as before"
         )
-    processes.on_main(lambda: checkpoint.remove_leftovers(run_dir))
-    checkpoint.restore_parameters(model, parameters)
+    before, now = saved["machine"], machine()
+    other = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
+    if other:
+        console.print(
+            f"The run began with {', '.join(other)}: what follows is not the uninterrupted run to the bit. "
+            f"OMP_NUM_THREADS={before['threads']} sets the number of threads",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    processes.on_main(lambda: states.remove_leftovers(path.parent))
+    states.restore_parameters(model, parameters)
     processes.restore_random_state(saved["random"][processes.rank()])
-    state = checkpoint.from_tree(RunState, saved["progress"])
+    state = from_tree(RunState, saved["progress"])
     state.stage_state = saved["stage_state"]
     console.print(f"Continuing from {path.name}: {state.stage}, step {state.step}", highlight=False)
     return state, saved["offsets"]
 
 
-def save(session: Session, state: RunState, stage_state: dict[str, Any]) -> None:
-    """A checkpoint of all of it, by all processes together."""
+def save(session: Session, state: RunState, stage_state: dict[str, Any] | None, needs: Sequence[str]) -> None:
+    """A checkpoint of all of it, by all processes together. needs: directories of the run that it speaks of."""
     tree = {
-        "version": 1,
-        "progress": checkpoint.to_tree(dataclasses.replace(state, stage_state=None)),
+        "version": states.VERSION,
+        "progress": to_tree(dataclasses.replace(state, stage_state=None)),
         "stage_state": stage_state,
-        "data": fingerprint(session.train_pairs, session.eval_pairs, session.prompts),
+        "data": session.data,
         "score": repr(session.linear),
         "random": processes.gather([processes.random_state()]),
         "offsets": session.tracker.offsets,
+        "machine": machine(),
     }
-    parameters = checkpoint.trained_parameters(session.policy.model)
-    keep = session.config.save_total_limit
+    parameters = states.trained_parameters(session.policy.model)
+    keep, needs = session.config.save_total_limit, [*needs, *filter(None, [state.best])]
+    processes.on_main(lambda: states.save_checkpoint(session.run_dir, state.total_steps, parameters, tree, keep, needs))
 
-    def write() -> None:
-        checkpoint.save_checkpoint(session.run_dir, state.total_steps, parameters, tree, keep)
-        checkpoint.remove_others(session.run_dir, "best-*", state.best)
 
-    processes.on_main(write)
+def machine() -> dict[str, Any]:
+    """What rounding depends on, besides the code: sums of other lengths are added in another order."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def fingerprint(*parts: Sequence[TokenizedPair]) -> str:

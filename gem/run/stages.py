@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gem.checkpoint import states
 from gem.config.settings import Scoring, TrainConfig
 from gem.data.batches import TokenizedPair
-from gem.files import load_tensors, save_tensors
+from gem.errors import UserError
 from gem.model.forward import measured_stats, pair_logprobs
 from gem.model.starting_policy import StartingPolicy
 from gem.parallel import deepspeed, processes
@@ -32,7 +33,7 @@ from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
 from gem_kernels import LinearScore
 
-_STARTING_POLICY = "starting-policy"
+STARTING_POLICY = "starting-policy"
 
 
 class Stage(ABC):
@@ -49,6 +50,9 @@ class Stage(ABC):
         self.scoring: Scoring = config  # until a guard lowers its fork_weight
         self.linear: LinearScore | None = session.linear  # None: the paper's
         self.reference: StartingPolicy | None = None
+        self._reference_is_saved = False
+        self.empty_steps = 0  # in a row, of candidates of which none counts
+        self._warned_of_cut_off = False
         kind = Trainer if deepspeed.engine_of(self.policy.model) is None else DeepSpeedTrainer
         total_steps = num_steps * iterations
         self.trainer = kind(
@@ -70,26 +74,34 @@ class Stage(ABC):
 
     def begin(self) -> None:
         """Before the first step of all: the policy as it is now is the starting policy."""
-        if not self.needs_reference:
+        if self.needs_reference:
+            self.reference = StartingPolicy(self.policy.model)
+
+    def save_reference(self) -> None:
+        """The starting policy onto the disk, before the first checkpoint that needs it."""
+        if self.reference is None or self._reference_is_saved:
             return
-        self.reference = StartingPolicy(self.policy.model)
-        if self.config.save_steps:
-            state = self.reference.state_dict()
-            processes.on_main(lambda: save_tensors(self.session.run_dir / _STARTING_POLICY, state))
+        run_dir, state = self.session.run_dir, self.reference.state_dict()
+        then = f"; {states.where_to_continue(run_dir)}"
+        processes.on_main(lambda: states.save_state(run_dir / STARTING_POLICY, state, {}, then=then))
+        self._reference_is_saved = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the starting policy, which `begin` has put on the disk once."""
+        """Without the starting policy, which `save_reference` puts on the disk once."""
         linear = self.linear and {"weights": dict(self.linear.weights), "scales": dict(self.linear.scales)}
         state = {"name": self.name, "trainer": self.trainer.state_dict(), "linear": linear}
-        return {**state, "fork_weight": self.scoring.fork_weight}
+        return {**state, "fork_weight": self.scoring.fork_weight, "empty_steps": self.empty_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self.scoring = self.scoring.changed(fork_weight=state["fork_weight"])
+        self.empty_steps = state["empty_steps"]
         self.linear = LinearScore(**state["linear"]) if state.get("linear") else self.session.linear
         if self.needs_reference:
             self.reference = StartingPolicy(self.policy.model)
-            self.reference.load_state_dict(load_tensors(self.session.run_dir / _STARTING_POLICY))
+            kept, _ = states.load_checkpoint(self.session.run_dir / STARTING_POLICY)
+            self.reference.load_state_dict(kept)
+            self._reference_is_saved = True
 
     def sample(self, pairs: Sequence[TokenizedPair], step: int) -> ScoredRollout:
         """Cognitive filtering: G candidates for each prompt, scored from their own entropies."""
@@ -109,6 +121,30 @@ class Stage(ABC):
         )
         batch_size = config.micro_batch_size
         return score_rollout(self.policy, rollout, self.scoring, linear=self.linear, batch_size=batch_size)
+
+    def check_candidates(self, scored: ScoredRollout, step: int) -> None:
+        """Says once where all candidates were cut off, and ends the run after `max_empty_steps` steps of none that
+        count: such steps are skipped, and the weights would stay what they are without a word."""
+        config = self.config
+        cut_off = bool(scored.rollout.truncated.all())
+        empty = not bool(scored.scores.valid.any())
+        self.empty_steps = self.empty_steps + 1 if empty else 0
+        why = "no candidate counts"
+        if cut_off:
+            why = f"every candidate was cut off at max_completion_length ({config.max_completion_length} tokens)"
+        elif config.no_answer == "exclude" and empty:
+            why = "no candidate has an answer that counts (no_answer: exclude)"
+        if self.empty_steps >= config.max_empty_steps:
+            raise UserError(
+                f"{self.name}, step {step}: {why}, {self.empty_steps} steps in a row, so nothing was learned; raise "
+                "max_completion_length, or set mask_truncated: false or no_answer: tail, in a new run"
+            )
+        if (cut_off and not self._warned_of_cut_off) or self.empty_steps == 1:
+            self._warned_of_cut_off = True
+            then = "the step is skipped" if empty else "their scores are those of unfinished answers"
+            self.session.console.print(
+                f"Warning: {self.name}, step {step}: {why}; {then}", highlight=False, markup=False, soft_wrap=True
+            )
 
     def on_candidates(self, result: StepResult, scored: ScoredRollout, ref_logprobs: Tensor | None) -> StepResult:
         """The step with what its candidates were."""
@@ -243,6 +279,8 @@ class RejectionSampling(Stage):
         self.first_row = {**rejection_metrics(self.scored, winners), **rollout_metrics(self.scored)}
         if not winners:
             words = "no candidate ended with an answer, so there is nothing to learn"
+            if bool(self.scored.rollout.truncated.all()):
+                words += f": every one was cut off at max_completion_length ({config.max_completion_length} tokens)"
             self.session.console.print(f"{self.name}: {words}", highlight=False)
 
     def _learn(self, winners: list[TokenizedPair]) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from gem.checkpoint.folder import read_id
+from gem.checkpoint.states import where_to_continue
 from gem.config.settings import TrainConfig
 from gem.data.answers import answers_match, decode
 from gem.errors import UserError
@@ -49,14 +51,17 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, offset: int | None = None) -> None:
-        if offset is not None:
-            size = path.stat().st_size if path.exists() else 0
-            if size < offset:
-                raise UserError(f"resume: {path} is shorter than the checkpoint says ({size} of {offset} bytes)")
-            if size > offset:
-                os.truncate(path, offset)
         self.path = path
-        self.file = path.open("ab")
+        with self._failures():
+            if offset is not None:
+                size = path.stat().st_size if path.exists() else 0
+                if size < offset:
+                    raise UserError(f"resume: {path} is shorter than the checkpoint says ({size} of {offset} bytes)")
+                if size > offset:
+                    _cut(path, offset)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            # Unbuffered: what could not be written would be tried again when the file is closed.
+            self.file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
 
     @property
     def offset(self) -> int:
@@ -64,18 +69,38 @@ class JsonLines:
 
     def write(self, row: dict[str, Any]) -> None:
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        try:
-            self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; continue with --resume") from error
+        rest = memoryview((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        with self._failures():
+            while rest:
+                rest = rest[self.file.write(rest) :]
 
     def sync(self) -> None:
         """Onto the disk: a checkpoint must not know of lines that a power cut takes back."""
-        os.fsync(self.file.fileno())
+        with self._failures():
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            then = where_to_continue(self.path.parent)
+            raise UserError(f"cannot write {self.path}: {error.strerror}; {then}") from error
+
+
+def _cut(path: Path, size: int) -> None:
+    """The file without what comes after `size` bytes: a new one under its name, so that no other name is cut too."""
+    part = path.with_name(f".{path.name}.part")
+    with path.open("rb") as file, part.open("wb") as kept:
+        while left := size - kept.tell():
+            kept.write(file.read(min(left, 1 << 20)))
+        kept.flush()
+        os.fsync(kept.fileno())
+    part.replace(path)
 
 
 class Tracker:
@@ -250,15 +275,15 @@ class _Trackio:
     def __init__(self, config: TrainConfig, run_dir: Path, resumed: bool) -> None:
         import trackio
 
-        before = run_dir / "trackio_id"
-        if resumed and before.is_file():
+        place = run_dir / "trackio_id"
+        if resumed and (before := read_id(place)):
             with contextlib.suppress(ValueError):  # there is no such project on this machine
                 for run in trackio.Api().runs("gem"):
-                    if run.id == before.read_text():
+                    if run.id == before:
                         run.delete()
         # The run itself, not the module's functions: those belong to the run that the process has opened last.
         self.run = trackio.init(project="gem", name=run_dir.name, config=config.model_dump())
-        before.write_text(self.run.id)
+        place.write_text(self.run.id)
 
     def write(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -274,14 +299,14 @@ class _Wandb:
     def __init__(self, config: TrainConfig, run_dir: Path, resumed: bool) -> None:
         import wandb
 
-        name, before = uuid.uuid4().hex[:16], run_dir / "wandb_id"
-        if resumed and before.is_file():
-            old = list((run_dir / "wandb").glob(f"offline-run-*-{before.read_text()}"))
+        name, place = uuid.uuid4().hex[:16], run_dir / "wandb_id"
+        if resumed and (before := read_id(place)):
+            old = list((run_dir / "wandb").glob(f"offline-run-*-{before}"))
             if not any(list(path.glob("*.synced")) for path in old):  # else a second sync would repeat its steps
-                name = before.read_text()
+                name = before
                 for path in old:
                     shutil.rmtree(path)
-        before.write_text(name)
+        place.write_text(name)
         self.run = wandb.init(
             project="gem",
             name=run_dir.name,
@@ -306,6 +331,8 @@ def _open_sink(name: str, config: TrainConfig, run_dir: Path, resumed: bool) -> 
     kind = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}[name]
     try:
         return kind(config, run_dir, resumed)
+    except UserError:
+        raise
     except Exception as error:  # no account, no server, a full disk: services fail in ways of their own
         why = " ".join(str(error).split())[:300]
         raise UserError(f"report_to: {name} cannot begin: {why}; set it up, or leave it out") from error

@@ -26,8 +26,9 @@ def sega_step(
 ) -> StepResult:
     """`num_iterations` steps on the candidates' loss; NO_STEP where nothing has a gradient.
 
-    Groups whose advantages are all zero add nothing but their KL term; where there is none they are not run, but stay
-    in the denominator.
+    Groups whose advantages are all zero add nothing but their KL term; without one they are not run, but stay in the
+    denominator. Where all groups are like that there is no step, KL term or not: of weights that have not moved yet its
+    gradient is rounding noise, which AdamW divides by its own size.
 
     Args:
         scored: of the whole step, on every process; its log-probs are those of the policy that sampled.
@@ -35,9 +36,11 @@ def sega_step(
     """
     if settings.beta > 0 and ref_logprobs is None:
         raise ValueError("ref_logprobs: expected the starting policy's log-probs where beta > 0, got None")
-    groups = groups_with_gradient(scored) if settings.beta == 0 else groups_with_valid(scored)
+    groups = groups_with_gradient(scored)
     if not groups:
         return NO_STEP
+    if settings.beta > 0:
+        groups = groups_with_valid(scored)
     lengths = scored.rollout.batch.lengths.view(-1, scored.rollout.batch.num_generations)
     groups.sort(key=lambda group: int(lengths[group].max()))  # of like length: less padding
     if settings.is_plain:

@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gem.checkpoint import states
 from gem.config.read import build_config
 from gem.config.settings import Lora
 from gem.demo.arithmetic import arithmetic_pairs
@@ -18,7 +19,6 @@ from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.load import (
     find_attention,
-    find_model,
     load_model,
     load_model_config,
     load_model_for_training,
@@ -26,7 +26,7 @@ from gem.model.load import (
     save_pretrained,
 )
 from gem.model.lora import add_lora, is_adapted, is_untouched, merged_state_dict
-from gem.run import checkpoint
+from gem.model.source import find_model
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from tests.kernels.helpers import assert_near
 
@@ -263,7 +263,7 @@ def test_a_4bit_run_trains_saves_and_continues_exactly(bitsandbytes, tmp_path):
     # From the starting policy, the adapter after SFT: at first rounding alone.
     assert steps[0]["kl"] < 1e-4 * steps[-1]["kl"]
 
-    shutil.rmtree(checkpoint.checkpoints(run_dir)[-1])  # as if it had been cut off after the one before
+    shutil.rmtree(states.checkpoints(run_dir)[-1])  # as if it had been cut off after the one before
     shutil.rmtree(run_dir / "model")
     train(config, Console(file=io.StringIO()), resume=True)
     assert metrics() == rows and adapter.read_bytes() == weights

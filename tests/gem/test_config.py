@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gem.config.read import build_config, commented_config, load_config, parse_flags, save_config
+from gem.config.read import build_config, commented_config, config_text, load_config, parse_flags
 from gem.config.settings import GuardSettings, Sampling, Scoring, TrainConfig
 from gem.errors import UserError
 
@@ -53,7 +53,7 @@ def test_a_wrong_value_is_named(values, words):
 
 def test_every_setting_survives_saving(tmp_path):
     config = build_config({**NEEDED, "top_m": 3, "eval_file": "e.jsonl", "learning_rate": 3e-6, "system_prompt": ""})
-    save_config(config, tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(config_text(config), encoding="utf-8")
     assert load_config(tmp_path / "c.yaml") == config
 
 

@@ -113,7 +113,7 @@ import torch
 sys.path.insert(0, {tests!r})
 from tests.helpers import tiny_model
 from gem.parallel import processes
-from gem.run import checkpoint
+from gem.checkpoint import states
 from gem.data.batches import collate
 from gem.config.settings import OptimizerSettings
 from gem.model.forward import Policy, completion_stats, measured_stats
@@ -131,7 +131,7 @@ def trainer_of(rate, **settings):
     return DeepSpeedTrainer(Policy(model), accelerator, settings, learning_rate=rate, total_steps=9)
 
 def weights():
-    return checkpoint.trained_parameters(model)
+    return states.trained_parameters(model)
 
 def equal(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
@@ -158,12 +158,12 @@ assert state["adam_steps"] == 1 and not step(trainer).skipped and trainer.bad_st
 after = weights()
 
 # Back to the state: the same step again, to the bit.
-checkpoint.restore_parameters(model, moved)
+states.restore_parameters(model, moved)
 trainer.load_state_dict(state)
 assert equal(moved, weights()) and not step(trainer).skipped and equal(after, weights())
 
 # Weights that are set stay set: the optimizer's own weights follow.
-checkpoint.restore_parameters(model, start)
+states.restore_parameters(model, start)
 still = trainer_of(0.0)
 assert not step(still).skipped and equal(start, weights())
 

@@ -9,16 +9,15 @@ from gem.errors import UserError
 from gem.model import forward
 from gem.model.forward import Policy
 from gem.model.load import (
-    ModelSource,
     checkpoint_activations,
     context_length,
     end_token_ids,
-    find_model,
     load_model,
     load_model_config,
     load_tokenizer,
     save_pretrained,
 )
+from gem.model.source import ModelSource, find_model
 from tests.helpers import rollout_of, save_tiny, tiny_model, tiny_tokenizer, write_gguf
 from tests.kernels.helpers import assert_near
 from tests.processes import Fork, run_script
@@ -85,7 +84,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 def test_a_broken_gguf_is_one_line(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(UserError, match=r"cannot load x\.gguf") as error:
+    with pytest.raises(UserError, match=r"cannot load .*x\.gguf") as error:
         load_tokenizer(find_model(str(tmp_path / "x.gguf")))
     assert "\n" not in str(error.value)
 

@@ -11,13 +11,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem import cli
+from gem.checkpoint.states import save_model
 from gem.config.read import build_config, load_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
 from gem.evaluation.report import evaluation_table
 from gem.files import write_jsonl
 from gem.loop import TrainResult, train
-from gem.run.checkpoint import save_model
 from tests.helpers import save_tiny, tiny_model
 
 TINY_RUN = {
@@ -153,7 +153,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (directory / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gem.run.checkpoint.save_pretrained", breaks)
+    monkeypatch.setattr("gem.checkpoint.states.save_pretrained", breaks)
     with pytest.raises(UserError, match="No space left"):
         save_model(tiny_model(), None, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -37,8 +37,8 @@ from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.forward import Policy
-from gem.model.load import ModelSource, find_model
 from gem.model.lora import add_lora
+from gem.model.source import ModelSource, find_model
 from gem.rollout.sample import roll_out, row_keys
 from gem.rollout.vllm import Colocated, Server, check_vllm, policy_weights
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -285,8 +285,8 @@ def test_the_check_needs_a_server_in_development_mode(stand_in):
 
 
 def test_a_url_without_scheme_is_an_error():
-    with pytest.raises(UserError, match="vllm_server_url: no answer"):
-        check_vllm(server_settings("localhost"), ModelSource("model", None))
+    with pytest.raises(UserError, match="vllm_server_url: expected http://HOST:PORT"):
+        server_settings("localhost")
 
 
 def test_four_bit_weights_and_gguf_files_are_refused(monkeypatch):

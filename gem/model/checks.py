@@ -1,0 +1,86 @@
+"""What is loaded is what was named: every weight is there and finite, and the model is a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gem.errors import UserError
+
+_LISTED = 3  # names of tensors in a message
+# Of the logits' spread, by which they may change where a later token does: rounding, in mixtures of experts too.
+_CAUSAL = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def check_loaded(info: Mapping[str, Any], name: str) -> None:
+    """info: transformers' account of a loading. Without this check, what a file lacks is drawn at random in silence.
+
+    Weights that share one tensor (a tied head) need not be in the file, and transformers does not count them.
+    """
+    shapes = [f"{key} {list(there)} for {list(here)}" for key, there, here in info.get("mismatched_keys", ())]
+    faults = (
+        ("missing", info.get("missing_keys", ())),
+        ("of another shape", shapes),
+        ("no part of the model", info.get("unexpected_keys", ())),
+    )
+    found = [f"{what}: {some_of(keys)}" for what, keys in faults if keys]
+    if found:
+        raise UserError(
+            f"model: {name}: its weights are not those that its configuration describes; {'; '.join(found)}; "
+            "get the model again, or correct its config.json"
+        )
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first names, and how many more."""
+    listed = sorted(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Raises where the tokenizer has ids for which the embeddings have no row."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(rows, int) and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"model: {name}: the tokenizer has ids up to {largest} ({token!r}), the model embeddings for {rows} tokens "
+            "alone: take the tokenizer that belongs to it, or save the model after resize_token_embeddings"
+        )
+
+
+@torch.no_grad()
+def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> None:
+    """Raises at the first weight with NaN or infinity in it: everything that is computed from it would be NaN."""
+    for key, parameter in parameters:
+        # The sum alone reads all of it once; of large numbers it may overflow.
+        if parameter.is_floating_point() and not parameter.sum().isfinite() and not parameter.isfinite().all():
+            bad = int((~parameter.isfinite()).sum())
+            raise UserError(
+                f"model: {name}: {bad} of {parameter.numel()} numbers of {key} are NaN or infinite; "
+                "take an earlier checkpoint, or get the model again"
+            )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Two forwards of four tokens: raises where the model cannot be run, or sees tokens that come later."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]], dtype=torch.int64, device=model.device) % vocabulary
+    try:
+        logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in tokens]
+    except Exception as error:  # a model of a foreign file can fail in any way
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        attention = model.config._attn_implementation
+        raise UserError(f"model: {name} cannot be run ({attention} attention): {words}") from error
+    apart, spread = logits[0] - logits[1], logits[0] - logits[0].mean(-1, keepdim=True)
+    if apart.norm() > _CAUSAL.get(model.dtype, 5e-2) * spread.norm():
+        raise UserError(
+            f"model: {name}: expected a causal language model, got {model.config.model_type}, whose logits depend on "
+            "tokens that come later: an encoder cannot generate"
+        )
