@@ -11,7 +11,7 @@ from typing import Any
 from gem.config.settings import RowSettings, TrainConfig
 from gem.data.answers import explicit_answer
 from gem.data.batches import TokenizedPair
-from gem.data.prompts import ROLES, Conversation, Prompt, TextFormat
+from gem.data.prompts import ROLES, Conversation, Prompt, PromptError, TextFormat
 from gem.data.sources import Row, RowProblem, RowReport, Source, answer_problem, read_rows, report, text_problem
 from gem.errors import UserError
 
@@ -43,7 +43,11 @@ def load_pairs(
     pairs, problems = parse_pairs(rows, settings)
     kept = []
     for pair in pairs:
-        tokens = tokenize_pair(pair, form)
+        try:
+            tokens = tokenize_pair(pair, form)
+        except PromptError as error:
+            problems.append(RowProblem(pair.where, "bad", str(error)))
+            continue
         if what := _overlong(tokens, context, room):
             problems.append(RowProblem(pair.where, "overlong", what))
         else:
@@ -83,7 +87,11 @@ def load_prompts(config: TrainConfig, form: TextFormat, context: int | None) -> 
             problems.append(RowProblem(row.where, "bad", parsed))
             continue
         prompt, _, answer = parsed
-        ids = form.prompt_ids(prompt)
+        try:
+            ids = form.prompt_ids(prompt)
+        except PromptError as error:
+            problems.append(RowProblem(row.where, "bad", str(error)))
+            continue
         if context is not None and len(ids) + config.max_completion_length > context:
             what = f"prompt of {len(ids)} tokens and max_completion_length do not fit the context of {context} tokens"
             problems.append(RowProblem(row.where, "overlong", f"{what}: shorten it"))
