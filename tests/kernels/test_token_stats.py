@@ -135,6 +135,21 @@ def test_temperature_and_softcap(temperature, softcap, backend, device):
     check(*make(2, 3, 333, scale=6.0, device=device), temperature=tau, softcap=softcap, backend=backend)
 
 
+@pytest.mark.parametrize("c", [5.0, 30.0, 50.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_budget_of_the_approximate_softcap(sign, c):
+    """As the GPU computes it: ex2.approx is off by up to 2^-22, rcp.approx by 2^-23 (PTX ISA), here all to one side.
+
+    A logit within five float32 roundings of c, which is what `check` allows; a slope within eight of 1.
+    """
+    x = torch.cat([torch.linspace(-6 * c, 6 * c, 40_001), torch.tensor([-1e4, -1.0, -1e-3, 0.0, 1e-3, 1e4])])
+    e = (x * (2 / math.log(2) / c)).exp2() * (1 + sign * 2.0**-22)
+    r = (1 / (1 + e)) * (1 - sign * 2.0**-23)
+    u = (x.double() / c).tanh()
+    assert ((c - 2 * c * r).double() - c * u).abs().max() <= 5 * 2.0**-23 * c
+    assert ((4 * (r - r * r)).double() - (1 - u * u)).abs().max() <= 8 * 2.0**-23
+
+
 @each_backend
 @each_dtype
 def test_softcap_with_masked_words(dtype, backend, device):

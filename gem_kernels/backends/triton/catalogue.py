@@ -68,7 +68,7 @@ def kernels() -> list[KernelSpec]:
                     f"combine_{name}",
                     row_stats.row_stats_combine,
                     {"logits_ptr": f"*{dtype}", "partial_ptr": "*fp32", "n_splits": "i32", **ROW, **STATS},
-                    {**variant, "MAX_SPLITS": row_stats.MAX_SPLITS},
+                    {**variant, "MAX_SPLITS": row_stats.MAX_SPLITS, "PTX": True},
                     1,
                 )
             )

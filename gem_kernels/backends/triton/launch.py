@@ -84,7 +84,6 @@ def row_stats_forward(
             num_warps=launch.num_warps,
         )
         if splits > 1:
-            del constants["PTX"]
             row_stats.row_stats_combine[(N,)](
                 *args,
                 *shape,

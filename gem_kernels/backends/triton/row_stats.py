@@ -57,13 +57,36 @@ def _exp2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _logit(x, softcap, SOFTCAP: tl.constexpr):
-    """Softcap in fp32: c tanh(x/c) = c - 2c / (1 + e^(2x/c)); +inf passes, and what is below FLOOR becomes it."""
+def _reciprocal(x, PTX: tl.constexpr):
+    """1 / x. PTX: one instruction, to the last bit but one, instead of eight."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _bend(x, softcap, PTX: tl.constexpr):
+    """r = 1 / (1 + e^(2x/c)), from which come c tanh(x/c) = c - 2c r and its slope 1 - tanh^2 = 4 r (1 - r)."""
+    return _reciprocal(1.0 + _exp2(x * (2.0 * LOG2E / softcap), PTX), PTX)
+
+
+@triton.jit
+def _capped(x, r, softcap):
+    """c tanh(x/c), FLOOR of a masked word, and NaN of +inf, whose row is NaN in any case (x * 0 costs least)."""
+    return tl.where(x <= FLOOR, FLOOR, tl.fma(x, 0.0, tl.fma(-2.0 * softcap, r, softcap)))
+
+
+@triton.jit
+def _logit(x, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
+    """The logit in fp32, after the softcap; what is below FLOOR becomes it."""
     x = x.to(tl.float32)
     if SOFTCAP:
-        capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
-        x = tl.where((x <= FLOOR) | (x == INF), x, capped)
-    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        return _capped(x, _bend(x, softcap, PTX), softcap)
+    else:
+        return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -90,7 +113,7 @@ def _logits(x, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
             pack=2,
         )
     else:
-        return _logit(x, softcap, SOFTCAP)
+        return _logit(x, softcap, SOFTCAP, PTX)
 
 
 @triton.jit
@@ -234,7 +257,7 @@ def row_stats_forward(
 
     # The edge last, so that nothing of it waits in registers through the loop.
     o_edge, m_edge = _edge(begin, end, body, body_end, i_split, ALIGN)
-    x_edge = _logit(tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF), softcap, SOFTCAP)
+    x_edge = _logit(tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF), softcap, SOFTCAP, PTX)
     m_lanes = m
     m = tl.maximum(m, tl.max(x_edge, 0))
     shift = m_lanes - m
@@ -254,7 +277,7 @@ def row_stats_forward(
         tl.store(partial_ptr + o_partial + 2, t_sum)
     else:
         x_y = tl.load(logits_ptr + begin + y, mask=(y >= 0) & (y < V), other=0.0)
-        x_y = _logit(x_y, softcap, SOFTCAP)
+        x_y = _logit(x_y, softcap, SOFTCAP, PTX)
         _store_stats(row, m, rest, t_sum, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
@@ -283,6 +306,7 @@ def row_stats_combine(
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Grid (N,). The splits' (m, s - 1, t) of one row into its statistics."""
     row = tl.program_id(0)
@@ -307,25 +331,21 @@ def row_stats_combine(
     rest = tl.sum(tl.where(top, rest_of, r * (1.0 + rest_of)), 0)
     t = tl.sum(r * (t_of + (1.0 + rest_of) * shift), 0)
     x_y = tl.load(logits_ptr + begin + y, mask=(y >= 0) & (y < V), other=0.0)
-    x_y = _logit(x_y, softcap, SOFTCAP)
+    x_y = _logit(x_y, softcap, SOFTCAP, PTX)
     _store_stats(row, m, rest, t, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
 @triton.jit
 def _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
-    """p (c1 + c2 log2 p), with log2 p = (x - m) scale - log2 sum; times the softcap's slope."""
-    x = _logits(x, softcap, SOFTCAP, PTX)
-    log2_p = (x - m) * scale - log2_sum
-    g = _exp2(log2_p, PTX) * (c1 + c2 * log2_p)
+    """p (c1 + c2 log2 p), with log2 p = (x - m) scale - log2 sum; times a quarter of the softcap's slope."""
     if SOFTCAP:
-        g = g * _slope(x, softcap)
-    return g
-
-
-@triton.jit
-def _slope(x, softcap):
-    u = x / softcap
-    return tl.where(x <= FLOOR, 1.0, 1.0 - u * u)
+        x = x.to(tl.float32)
+        r = _bend(x, softcap, PTX)
+        log2_p = (_capped(x, r, softcap) - m) * scale - log2_sum
+        return _exp2(log2_p, PTX) * (c1 + c2 * log2_p) * tl.fma(-r, r, r)
+    else:
+        log2_p = (_logits(x, softcap, SOFTCAP, PTX) - m) * scale - log2_sum
+        return _exp2(log2_p, PTX) * (c1 + c2 * log2_p)
 
 
 @triton.jit(
@@ -404,15 +424,20 @@ def row_stats_backward(
     b = tl.load(grad_entropy_ptr + row)
     c1 = -(a + b * tl.load(entropy_ptr + row)) * inv_temperature
     c2 = -b * LN2 * inv_temperature
+    if SOFTCAP:
+        c1 *= 4.0
+        c2 *= 4.0
 
     o_y = begin + y
     mine = ((o_y >= lo) & (o_y < hi)) | ((i_split == 0) & ((o_y < body) | (o_y >= body_end)))
     mine = mine & (y >= 0) & (y < V)
     x_y = tl.load(logits_ptr + o_y, mask=mine, other=0.0)
-    g_y = _gradient(x_y, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, False)
+    g_y = _gradient(x_y, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
     a_y = a * inv_temperature
-    if SOFTCAP:
-        a_y = a_y * _slope(_logit(x_y, softcap, SOFTCAP), softcap)
+    if SOFTCAP:  # a masked word has slope 1: as a target it gets a / temperature
+        x_y = x_y.to(tl.float32)
+        r_y = _bend(x_y, softcap, PTX)
+        a_y = tl.where(x_y <= FLOOR, a_y, a_y * 4.0 * tl.fma(-r_y, r_y, r_y))
     tl.debug_barrier()
 
     x_edge = tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF)
