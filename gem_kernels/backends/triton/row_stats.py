@@ -348,6 +348,17 @@ def _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP: tl.constexpr, PTX
         return _exp2(log2_p, PTX) * (c1 + c2 * log2_p)
 
 
+@triton.jit
+def _at_target(x, a, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
+    """The target's own term, a times the softcap's slope. A masked word has slope 1: as a target it gets a."""
+    if SOFTCAP:
+        x = x.to(tl.float32)
+        r = _bend(x, softcap, PTX)
+        return tl.where(x <= FLOOR, a, a * 4.0 * tl.fma(-r, r, r))
+    else:
+        return a
+
+
 @triton.jit(
     do_not_specialize=[
         "V",
@@ -388,6 +399,7 @@ def row_stats_backward(
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIKE: tl.constexpr,
+    ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     PTX: tl.constexpr,
@@ -397,7 +409,8 @@ def row_stats_backward(
     ALIKE: each row of grad is a multiple of ALIGN away from that of logits: what is aligned in one is so in the other.
 
     The target's own term is one scalar, stored after the row: a comparison in the loop costs two instructions an
-    element. The barriers order it against the other threads' reads and writes of the same address.
+    element. The barriers order it against the other threads' reads and writes of the same address. Where a barrier does
+    not wait for stores to memory (AMD), ORDERED is False, and the comparison is paid.
     """
     row = tl.program_id(0)
     i_split = tl.program_id(1)
@@ -429,31 +442,36 @@ def row_stats_backward(
         c2 *= 4.0
 
     o_y = begin + y
+    a_y = a * inv_temperature
     mine = ((o_y >= lo) & (o_y < hi)) | ((i_split == 0) & ((o_y < body) | (o_y >= body_end)))
     mine = mine & (y >= 0) & (y < V)
     x_y = tl.load(logits_ptr + o_y, mask=mine, other=0.0)
     g_y = _gradient(x_y, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
-    a_y = a * inv_temperature
-    if SOFTCAP:  # a masked word has slope 1: as a target it gets a / temperature
-        x_y = x_y.to(tl.float32)
-        r_y = _bend(x_y, softcap, PTX)
-        a_y = tl.where(x_y <= FLOOR, a_y, a_y * 4.0 * tl.fma(-r_y, r_y, r_y))
-    tl.debug_barrier()
+    g_y += _at_target(x_y, a_y, softcap, SOFTCAP, PTX)
+    if ORDERED:
+        tl.debug_barrier()
 
     x_edge = tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF)
     g_edge = _gradient(x_edge, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+    if not ORDERED:
+        g_edge = tl.where(o_edge == o_y, g_edge + _at_target(x_edge, a_y, softcap, SOFTCAP, PTX), g_edge)
     tl.store(grad_ptr + o_edge, g_edge.to(dtype), mask=m_edge)
     for offset in range(lo, full, BLOCK):
         x = tl.load(logits_ptr + offset + lanes)
         g = _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+        if not ORDERED:
+            g = tl.where(offset + lanes == o_y, g + _at_target(x, a_y, softcap, SOFTCAP, PTX), g)
         tl.store(grad_ptr + offset + lanes, g.to(dtype))
     if full < hi:
         m_tail = full + lanes < hi
         x = tl.load(logits_ptr + full + lanes, mask=m_tail, other=-INF)
         g = _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+        if not ORDERED:
+            g = tl.where(full + lanes == o_y, g + _at_target(x, a_y, softcap, SOFTCAP, PTX), g)
         tl.store(grad_ptr + full + lanes, g.to(dtype), mask=m_tail)
-    tl.debug_barrier()
-    tl.store(grad_ptr + o_y, (g_y + a_y).to(dtype), mask=mine)
+    if ORDERED:
+        tl.debug_barrier()
+        tl.store(grad_ptr + o_y, g_y.to(dtype), mask=mine)
 
 
 MAX_SPLITS = 64
