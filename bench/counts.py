@@ -158,11 +158,10 @@ class Counter(TorchDispatchMode):
         if name.startswith("index") and any(x.dtype == torch.bool for x in on_device[1:]):  # x[mask]: a count
             found = True
         copied = None
-        to = torch.device(kwargs.get("device") or META)
-        if name == "_to_copy" and to == META:
-            copied = given[0]
-        elif name == "_to_copy" and on_device:
-            found = True
+        if name == "_to_copy":
+            to = torch.device(kwargs.get("device") or given[0].device)
+            copied = given[0] if to == META else None
+            found = bool(on_device) and to != META
         elif name == "copy_" and given[0].device == META:
             copied = given[1]
         if copied is not None and copied.device.type == "cpu" and copied.data_ptr() not in self.pinned:
@@ -183,7 +182,12 @@ class FromData(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function in self.FACTORIES and out.device == META and not isinstance((*args, None)[-2], Tensor):
+        if (
+            function in self.FACTORIES
+            and out.device == META
+            and out.numel()
+            and not isinstance((*args, None)[-2], Tensor)
+        ):
             counter = _counting()
             if counter is not None:
                 counter.waited(function.__name__)
