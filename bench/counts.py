@@ -182,12 +182,7 @@ class FromData(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if (
-            function in self.FACTORIES
-            and out.device == META
-            and out.numel()
-            and not isinstance((*args, None)[-2], Tensor)
-        ):
+        if function in self.FACTORIES and out.device == META and out.numel() and not isinstance(args[-1], Tensor):
             counter = _counting()
             if counter is not None:
                 counter.waited(function.__name__)
