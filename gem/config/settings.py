@@ -399,5 +399,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rejection_share": 0.5,
         "start_weight": 0.5,
         "learning_rate": 2e-5,
+        "lr_schedule": "linear",
     },
 }
