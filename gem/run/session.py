@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedConfig
 
 from gem.calibration.score_file import Score, read_score, write_score
 from gem.checkpoint import states
@@ -35,7 +36,7 @@ from gem.model.load import (
     load_model_for_training,
 )
 from gem.model.opened import open_text
-from gem.model.source import find_model
+from gem.model.source import ModelSource, find_model
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
@@ -103,23 +104,10 @@ def _prepare(
     continued = check_resume(config, folder, console) if resume else None
     if not resume:
         check_run_directory(config.output_dir)
-    check_report_to(config.report_to)
-    given = given_score(config)
-    for source in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
-        check_source(source)
     processes.wait_for_all()  # every process has seen the directory as it was before one makes it
-    source = find_model(config.model)
-    check_vllm(config, source)
-    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form, model_config = open_text(source, config)
-    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
-    prompts = train_pairs
-    if config.prompts_file is not None:
-        prompts, report = load_prompts(config, form, context_length(model_config))
-        reports.append(report)
-    for report in filter(str, reports):
-        console.print(str(report), highlight=False)
-    check_calibration(config, train_pairs)
+    inputs = read_inputs(config, console)
+    source, model_config, form, given = inputs.source, inputs.model_config, inputs.form, inputs.given
+    train_pairs, eval_pairs, prompts = inputs.train_pairs, inputs.eval_pairs, inputs.prompts
     set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
     whole = load_model_for_training(source, model_config, config)
     form = dataclasses.replace(form, end_tokens=end_token_ids(whole, form.tokenizer, form.end_of_turn))
@@ -149,6 +137,40 @@ def _prepare(
         sampler=make_sampler(config, source, folder.path),
         linear=linear,
     ), state
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before the weights are: all of it checked, nothing written."""
+
+    source: ModelSource
+    model_config: PreTrainedConfig
+    form: TextFormat
+    train_pairs: list[TokenizedPair]
+    eval_pairs: list[TokenizedPair]
+    prompts: list[TokenizedPair]
+    given: Score | None  # the score of the file that `score` names
+
+
+def read_inputs(config: TrainConfig, console: Console) -> Inputs:
+    """Services, files, the model's configuration and the rows as tokens."""
+    check_report_to(config.report_to)
+    given = given_score(config)
+    for place in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
+        check_source(place)
+    source = find_model(config.model)
+    check_vllm(config, source)
+    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
+    form, model_config = open_text(source, config)
+    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
+    prompts = train_pairs
+    if config.prompts_file is not None:
+        prompts, report = load_prompts(config, form, context_length(model_config))
+        reports.append(report)
+    for report in filter(str, reports):
+        console.print(str(report), highlight=False)
+    check_calibration(config, train_pairs)
+    return Inputs(source, model_config, form, train_pairs, eval_pairs, prompts, given)
 
 
 def start_run_directory(config: TrainConfig, folder: RunFolder, given: Score | None) -> None:
