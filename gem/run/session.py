@@ -117,6 +117,7 @@ def _prepare(
     data = fingerprint(train_pairs, eval_pairs, prompts)
     if continued is not None:
         state, offsets = restore(continued, model, data, repr(linear), console)
+        processes.on_main(lambda: set_model_aside(folder.path))
         processes.on_main(lambda: write_config(config, folder.path))  # what may change, as it is now
     else:
         state, offsets = RunState(), None
@@ -200,6 +201,29 @@ def given_score(config: TrainConfig) -> Score | None:
     return score
 
 
+def check_extension(config: TrainConfig) -> None:
+    """More `max_steps` than before continue a run as if it had had them from the start, or are refused."""
+    reasons = {
+        f"lr_schedule: {config.lr_schedule}": config.lr_schedule != "constant",  # falls with the steps that are left
+        f"objective: {config.objective}": config.objective == "rejection_sampling",  # all candidates come first
+        "keep_best: true": config.keep_best,  # the weights from before are gone once a run is complete
+        f"start_weight: {config.start_weight}": config.start_weight > 0,
+    }
+    if found := [words for words, holds in reasons.items() if holds]:
+        raise UserError(
+            f"resume: a run with {', '.join(found)} cannot be given more max_steps: start a new one from its model"
+        )
+
+
+def set_model_aside(run_dir: Path) -> None:
+    """The model of fewer steps, under the number of them, until the extended run has one."""
+    if (run_dir / "model").is_dir():
+        steps = load_config(run_dir / "config.yaml").max_steps
+        if (run_dir / f"model-{steps}").exists():
+            remove_directory(run_dir / f"model-{steps}")
+        (run_dir / "model").rename(run_dir / f"model-{steps}")
+
+
 def check_calibration(config: TrainConfig, pairs: Sequence[TokenizedPair]) -> None:
     number = len({pair.prompt_ids for pair in pairs})
     if config.uses_score and config.score == "calibrated" and number < 2:
@@ -219,15 +243,22 @@ def check_resume(config: TrainConfig, folder: RunFolder, console: Console) -> Pa
     if not saved.is_file():
         raise UserError(f"resume: there is no run in {run_dir}; start it without --resume")
     processes.on_main(lambda: (folder.take(), refuse_links(run_dir)))
-    if (run_dir / "model").is_dir():
-        raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}")
     before = load_config(saved).model_dump()
-    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in (*MAY_CHANGE, *MAY_MOVE)]
+    grown = config.max_steps > before["max_steps"]
+    if (run_dir / "model").is_dir() and not grown:
+        raise UserError(
+            f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}; "
+            f"more than max_steps: {before['max_steps']} continue it"
+        )
+    may = (*MAY_CHANGE, *MAY_MOVE, "max_steps") if grown else (*MAY_CHANGE, *MAY_MOVE)
+    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in may]
     if changed:
         raise UserError(
             f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
             f"only {', '.join(MAY_CHANGE)} may, and places: {', '.join(MAY_MOVE)}"
         )
+    if grown:
+        check_extension(config)
     if not states.checkpoints(run_dir):
         raise UserError(
             f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}, save_minutes: "
