@@ -1,4 +1,4 @@
-"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
+"""The command line; `gem --help` lists its commands.
 
 A user's mistake exits with 2.
 """
@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gem.config.read import commented_config, load_config
+from gem.config.section import CHOICES
 from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.data.sources import check_source
 from gem.demo.arithmetic import arithmetic_pairs
@@ -24,6 +24,8 @@ from gem.errors import Interrupted, UserError
 from gem.files import write_lines
 from gem.interrupt import end_with_a_line
 from gem.model.source import find_model
+from gem.terminal.console import make_console, set_level
+from gem.terminal.ending import complain, one_line_endings, writes_unicode
 
 # A command that has a setting as a flag has its default too.
 DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
@@ -33,7 +35,7 @@ SPAN = ",".join(DEFAULT.answer_span)
 app = typer.Typer(
     help="Few-shot alignment of language models by their own token entropies.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,  # --install-completion: of the shell that it is called from
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},  # of every command
@@ -73,6 +75,10 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error; anywhere in the line.")] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error; anywhere in the line.")
+    ] = "info",
 ) -> None:
     pass
 
@@ -86,6 +92,9 @@ def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all but the weights, say what it takes; write nothing.")
+    ] = False,
 ) -> None:
     """Train: SFT warm start, then sample, score and step; evaluated before and after.
 
@@ -94,11 +103,18 @@ def train_command(
     All keys with their defaults: gem config --preset paper (or safe).
     """
     settings = load_config(config, context.args)
+    if resume and dry_run:
+        raise UserError("--dry-run: expected a new run, got --resume; leave one of the two out")
     _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
     from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
-    console = Console()
+    console = make_console()
+    if dry_run:
+        from gem.plan.dry_run import dry_run as plan_run
+
+        plan_run(settings, console)
+        return
     try:
         result = train(settings, console, resume=resume)
         if is_main():
@@ -146,6 +162,10 @@ def calibrate_command(
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
     names = tuple(name.strip() for name in features.split(",") if name.strip())
+    if unknown := sorted(set(names) - set(CHOICES["score_features"])):
+        raise UserError(f"--features: {unknown[0]!r} is unknown; choose from {', '.join(CHOICES['score_features'])}")
+    if eval_file is not None and not sample:
+        raise UserError("--eval-file: expected --sample of at least 1 with it, got 0: the score is tested on samples")
     bad = "skip" if skip_bad else "error"
     settings = CalibrateSettings(
         num_generations=sample, score_features=names,
@@ -162,13 +182,13 @@ def calibrate_command(
     from gem.use.calibrate import calibrate_data
 
     feature_columns(names)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
     page = write_report(out, out.with_suffix(".html"))
     for name, path in (("Score", out), ("Page", page)):
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
-    Console().print(score_report(score), highlight=False)
+    make_console(result=True).print(score_report(score), highlight=False)
 
 
 @app.command("score")
@@ -221,7 +241,7 @@ def score_command(
     _check_places(model, data)
     from gem.use.score import score_data
 
-    _write_rows(score_data(model, data, settings, score, Console(stderr=True)), out)
+    _write_rows(score_data(model, data, settings, score, make_console(stderr=True)), out)
 
 
 @app.command("generate")
@@ -260,7 +280,7 @@ def generate_command(
     _check_places(model)
     from gem.use.generate import generate, print_answers, read_prompt
 
-    rows = generate(model, read_prompt(prompt), settings, score, Console(stderr=True))
+    rows = generate(model, read_prompt(prompt), settings, score, make_console(stderr=True))
     if out is not None:
         _write_rows(rows, out)
     print_answers(rows, tokens)
@@ -269,7 +289,7 @@ def generate_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    data: Source,
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="As of gem score; each has its own table.")],
     reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
     beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
@@ -313,17 +333,75 @@ def evaluate_command(
         chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
         overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, data)
+    _check_places(model, *data)
     if reference is not None:
         _check_places(reference)
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.use.evaluate import evaluate_data
+    from gem.use.evaluate import evaluate_sources
 
-    result = evaluate_data(model, data, settings, reference, Console(stderr=True))
+    results = evaluate_sources(model, data, settings, reference, make_console(stderr=True))
     if as_json:
-        print(json.dumps(evaluation_metrics(result)))
-    else:
-        Console().print(evaluation_table({"value": result}))
+        rows = {name: evaluation_metrics(result) for name, result in results.items()}
+        print(json.dumps(rows if len(rows) > 1 else rows[data[0]]))
+        return
+    console = make_console(result=True)
+    for name, result in results.items():
+        if len(results) > 1:
+            console.print(name, highlight=False, soft_wrap=True)
+        console.print(evaluation_table({"value": result}))
+
+
+@app.command("chat")
+def chat_command(
+    model: Model,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0: the likeliest token.")] = 0.0,
+    system_prompt: System = "",
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Talk with a model: a question a line, until the input ends or /quit; /new forgets what was said."""
+    from gem.config.use import GenerateSettings
+
+    settings = GenerateSettings(
+        max_completion_length=max_completion_length, temperature=temperature, system_prompt=system_prompt, seed=seed,
+        device=device,
+    )  # fmt: skip
+    _check_places(model)
+    from gem.use.chat import chat
+
+    chat(model, settings, make_console(stderr=True))
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory of a LoRA adapter, as RUN/model.")],
+    out: Annotated[Path, typer.Option(help="The new directory of the whole model.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Merge a LoRA adapter into its model: a directory that needs no peft."""
+    _check_out(out)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _check_places(adapter)
+    from gem.use.weights import merge_adapter
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {merge_adapter(adapter, out, dtype, console)}", highlight=False, soft_wrap=True)
+
+
+@app.command("push")
+def push_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's or an adapter's directory, as RUN/model.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, where it is new.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, with the key of hf auth login or HF_TOKEN."""
+    _check_places(model)
+    from gem.use.weights import push_model
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {push_model(model, repo, private, console)}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -334,7 +412,7 @@ def report_command(
     """Show a run, scored completions or a calibrated score as one HTML page that needs nothing else."""
     from gem.report.page import write_report
 
-    Console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
+    make_console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("config")
@@ -364,7 +442,7 @@ def arithmetic_command(
         write_jsonl(out, rows)
     except OSError as error:
         raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
-    Console(stderr=True).print(f"{len(rows)} pairs in {out}", highlight=False)
+    make_console(stderr=True).print(f"{len(rows)} pairs in {out}", highlight=False)
 
 
 @app.command("demo")
@@ -376,21 +454,46 @@ def demo_command(
     """Align a real model by its own entropy, on this machine, in minutes; ends with a table of what happened."""
     from gem.demo.run import run_demo
 
-    run_demo(model, output_dir, seed, Console())
+    run_demo(model, output_dir, seed, make_console())
 
 
 def main() -> None:
     """The `gem` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments, debug = _global_options(sys.argv[1:])
+    with one_line_endings(debug):
+        try:
+            with end_with_a_line():
+                app(arguments, prog_name="gem")
+        except KeyboardInterrupt as stop:
+            complain(str(stop) if isinstance(stop, Interrupted) else "interrupted")
+            sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+
+
+def _global_options(arguments: list[str]) -> tuple[list[str], bool]:
+    """(the arguments without --debug and --log-level LEVEL, which may stand anywhere before "--", is it --debug)."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    mine, rest, debug = arguments[:end], arguments[end:], False
+    set_level("info")
+    kept: list[str] = []
+    while mine:
+        word = mine.pop(0)
+        name, has_value, value = word.partition("=")
+        if word == "--debug":
+            debug = True
+        elif name == "--log-level":
+            _set_log_level(value if has_value else mine.pop(0) if mine else "")
+        else:
+            kept.append(word)
+    return [*kept, *rest], debug
+
+
+def _set_log_level(level: str) -> None:
     try:
-        with end_with_a_line():
-            app()
+        set_level(level)
     except UserError as error:
-        print(f"gem: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"gem: {stop if isinstance(stop, Interrupted) else 'interrupted'}", file=sys.stderr)
-        sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
 
 
 def _check_out(out: Path | None) -> None:
@@ -411,6 +514,6 @@ def _write_rows(rows, out: Path | None) -> None:
     """JSON lines to `out`, complete or not at all, or to standard output as they come."""
     if out is None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(row, ensure_ascii=not writes_unicode(sys.stdout)), flush=True)
         return
     write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "--out: cannot write")
