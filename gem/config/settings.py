@@ -7,7 +7,9 @@ says otherwise. read.py reads, saves and prints them; section.py checks them.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -142,8 +144,23 @@ class RolloutSettings(Section):
     rollout_batch_size: int = setting(16, "prompts sampled together, times num_generations sequences", ge=1)
     use_vllm: bool = setting(False, "sample with vLLM; needs vllm")
     vllm_mode: Literal["colocate", "server"] = setting("colocate", "in this process, or at vllm_server_url")
-    vllm_server_url: str = setting("http://localhost:8000", "of a vLLM server")
+    vllm_server_url: str = setting("http://localhost:8000", "of a vLLM server; its key is read from VLLM_API_KEY")
     vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process", gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _server_has_an_address(self) -> Self:
+        """Its text is not repeated: it may hold a password."""
+        expected = "config: vllm_server_url: expected http://HOST:PORT"
+        try:
+            url = urlsplit(self.vllm_server_url)
+            named = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:
+            named = False
+        if not named or re.search(r"[\s\0-\x1f\x7f-\U0010ffff]", self.vllm_server_url):
+            raise UserError(f"{expected}, in ASCII without spaces")
+        if url.username is not None or url.password is not None or url.query or url.fragment:
+            raise UserError(f"{expected} alone; a key goes into the environment as VLLM_API_KEY, never into a file")
+        return self
 
 
 class Scoring(Section):

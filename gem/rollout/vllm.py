@@ -5,8 +5,10 @@ own token ids. vLLM can tell log-probs of tokens but no entropies, so none are r
 gradient.
 
 colocate: the weights go to the engine in this process before each rollout.
-server: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE` on a machine that sees the same files (without --dtype,
-vLLM rounds float32 to 16 bits). Before each rollout the weights are written to a directory of the run, the server is
+server: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --host 127.0.0.1` on a machine that sees the same files
+(without --dtype, vLLM rounds float32 to 16 bits; without --host, anyone who reaches the port may call anything in it:
+docs/options.md). The key of VLLM_API_KEY goes with every request, to this server alone, and is never printed.
+Before each rollout the weights are written to a directory of the run, the server is
 told to load them, and the directory is removed. The requests of a rollout are sent together: the server batches them.
 """
 
@@ -18,6 +20,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
 import urllib.request
@@ -35,6 +38,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gem import files
 from gem.config.settings import Sampling, TrainConfig
 from gem.errors import UserError
+from gem.model.forward import inner_model
 from gem.model.lora import is_adapted, merged_state_dict
 from gem.model.source import ModelSource
 from gem.parallel import processes
@@ -132,11 +136,13 @@ class Server:
         self.url = config.vllm_server_url.rstrip("/")
         self.run_dir = run_dir.resolve()
         self.updates = 0
+        self.vocabulary: int | None = None  # of the model that it was last given
         url = f"{self.url}/v1/models"
         self.model = _part(url, _request(url), "data", 0, "id")
 
     def update(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         weights = policy_weights(model, main_alone=True)
+        self.vocabulary = inner_model(model).config.get_text_config().vocab_size
         self.updates += 1
         directory = self.run_dir / f"vllm-{self.updates}"  # a new name: a network file system may remember the last
 
@@ -183,6 +189,21 @@ class Server:
         ids = _part(url, answer, "choices", 0, "token_ids")
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise UserError(f"the vLLM server at {url} gave no token_ids; it may be too old")
+        if not ids or len(ids) > fields["max_tokens"]:
+            raise UserError(
+                f"the vLLM server at {url} gave {len(ids)} tokens, expected 1 to {fields['max_tokens']}; is it vLLM?"
+            )
+        last = self.vocabulary if self.vocabulary is not None else 1 << 31
+        if bad := [token for token in ids if not 0 <= token < last]:
+            raise UserError(
+                f"the vLLM server at {url} gave the token {str(bad[0])[:20]}, which is none of the {last} of the "
+                "model; start it with the model of this run"
+            )
+        if reason == "stop" and ids[-1] not in fields["stop_token_ids"]:
+            raise UserError(
+                f"the vLLM server at {url} stopped a completion at the token {ids[-1]}, which is no end token of this "
+                "run; start it without a generation config of its own (--generation-config vllm)"
+            )
         if reason == "length" and len(ids) < fields["max_tokens"]:  # it lowers max_tokens without a word
             raise UserError(
                 f"the vLLM server at {url} has room for {len(ids)} tokens after a prompt of {len(prompt)}, not for "
@@ -251,20 +272,40 @@ def _end_with_the_group(engine: Any) -> None:
         atexit.register(lambda: finalizer() if dist.is_initialized() else None)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A server of ours sends no one elsewhere: the key would go with the request."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        if not re.fullmatch(r"[!-~]+", key):
+            raise UserError("VLLM_API_KEY: holds spaces or other characters that no key may; set it again")
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
 def _request(url: str, body: dict[str, Any] | None = None, timeout: float = _TIMEOUT) -> Any:
     """GET, or POST of JSON; the answer's JSON, None where it has none."""
     data = None if body is None else json.dumps(body).encode()
+    headers = _headers()
     try:
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        request = urllib.request.Request(url, data, headers)
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
             text = answer.read()
     except urllib.error.HTTPError as error:
-        raise UserError(f"the vLLM server refused {url}: {error.code} {_reason(error)}") from error
+        words = f"the vLLM server refused {url}: {error.code} {_reason(error)}"
+        if error.code in (401, 403):
+            words += "; set VLLM_API_KEY to the key that it was started with"
+        raise UserError(words) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"no answer from the vLLM server at {url}: {getattr(error, 'reason', error)}") from error
     try:
         return json.loads(text) if text else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the vLLM server at {url} did not answer in JSON; is it one?") from error
 
 

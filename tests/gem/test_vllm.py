@@ -285,8 +285,8 @@ def test_the_check_needs_a_server_in_development_mode(stand_in):
 
 
 def test_a_url_without_scheme_is_an_error():
-    with pytest.raises(UserError, match="vllm_server_url: no answer"):
-        check_vllm(server_settings("localhost"), ModelSource("model", None))
+    with pytest.raises(UserError, match="vllm_server_url: expected http://HOST:PORT"):
+        server_settings("localhost")
 
 
 def test_four_bit_weights_and_gguf_files_are_refused(monkeypatch):
