@@ -388,9 +388,9 @@ def main() -> None:
     except UserError as error:
         print(f"gem: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"gem: {stop if isinstance(stop, Interrupted) else 'interrupted'}", file=sys.stderr)
-        sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+    except Interrupted as stop:
+        print(f"gem: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 def _check_out(out: Path | None) -> None:

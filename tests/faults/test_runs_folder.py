@@ -379,3 +379,15 @@ def test_outside_a_training_sigterm_is_a_line_and_an_ignored_sighup_stays_ignore
         assert ended.value.exit_code == 143 and str(ended.value) == "ended by SIGTERM"
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_ended_says_so_in_one_line(monkeypatch, capsys, number):
+    """typer catches KeyboardInterrupt and exits with 130 in silence."""
+    from gem import cli
+
+    monkeypatch.setattr("sys.argv", ["gem", "config"])
+    monkeypatch.setattr(cli, "commented_config", lambda preset: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 128 + number and capsys.readouterr().err == f"gem: ended by {number.name}\n"
