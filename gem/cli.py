@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from gem.config.read import commented_config, load_config
+from gem.config.section import CHOICES
 from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.data.sources import check_source
 from gem.demo.arithmetic import arithmetic_pairs
@@ -146,6 +147,10 @@ def calibrate_command(
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
     names = tuple(name.strip() for name in features.split(",") if name.strip())
+    if unknown := sorted(set(names) - set(CHOICES["score_features"])):
+        raise UserError(f"--features: {unknown[0]!r} is unknown; choose from {', '.join(CHOICES['score_features'])}")
+    if eval_file is not None and not sample:
+        raise UserError("--eval-file: expected --sample of at least 1 with it, got 0: the score is tested on samples")
     bad = "skip" if skip_bad else "error"
     settings = CalibrateSettings(
         num_generations=sample, score_features=names,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,34 +64,60 @@ def bootstrap_interval(
     """95 % percentile interval of `statistic(rows)` under resampling of whole groups (prompts) with replacement.
 
     rows: int64 indices into the cases; a group drawn twice brings its cases twice. A resample of which the statistic
-    is None (one class missing) is left out; (NaN, NaN) where all are.
+    is None (one class missing) is left out; (NaN, NaN) where all are. For what sums decide, `bootstrap_sums` is faster.
     """
-    members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    ordered = np.array([row for rows in members.values() for row in rows])
-    sizes = np.array([len(rows) for rows in members.values()])
-    starts = sizes.cumsum() - sizes
-    generator = np.random.default_rng(seed)
+    place, sizes = _places(groups)
+    ordered, starts = np.argsort(place, kind="stable"), sizes.cumsum() - sizes
     values = []
-    for _ in range(NUM_RESAMPLES):
-        drawn = generator.integers(0, len(sizes), len(sizes))
+    for (drawn,) in _draws(len(sizes), seed, 1):
         size = sizes[drawn]
         within = np.arange(size.sum()) - np.repeat(size.cumsum() - size, size)
         value = statistic(torch.from_numpy(ordered[np.repeat(starts[drawn], size) + within]))
         if value is not None:
             values.append(value)
-    if not values:
+    return percentile_interval(values)
+
+
+def bootstrap_sums(terms: Tensor, groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+    """[N, K] terms of the cases -> [NUM_RESAMPLES, K], their sums in the same resamples as `bootstrap_interval`'s."""
+    place, sizes = _places(groups)
+    by_group = np.zeros((len(sizes), terms.shape[1]))
+    np.add.at(by_group, place, terms.double().numpy())
+    sums = []
+    for drawn in _draws(len(sizes), seed, max(1, 2**20 // len(sizes))):
+        cells = drawn + np.arange(len(drawn))[:, None] * len(sizes)
+        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(drawn.shape)  # each group in each resample
+        sums.append(times @ by_group)
+    return np.concatenate(sums)
+
+
+def percentile_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """95 % of the resamples' values; (NaN, NaN) of none."""
+    if not len(values):
         return math.nan, math.nan
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
+def _places(groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each case's group, by first appearance, and the groups' sizes."""
+    numbers: dict[Hashable, int] = {}
+    place = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+    return place, np.bincount(place, minlength=len(numbers))
+
+
+def _draws(number: int, seed: int, at_once: int) -> Iterator[np.ndarray]:
+    """Of each resample the groups drawn, int64 [at most `at_once`, number]; the same for any `at_once`."""
+    generator = np.random.default_rng(seed)
+    for first in range(0, NUM_RESAMPLES, at_once):
+        yield generator.integers(0, number, (min(at_once, NUM_RESAMPLES - first), number))
+
+
 def mean_estimate(values: Tensor, groups: Sequence[Hashable], seed: int = 0) -> Estimate:
     """Mean of the cases, bootstrapped over groups."""
     values = values.double()
-    interval = bootstrap_interval(lambda rows: float(values[rows].mean()), groups, seed)
-    return Estimate(float(values.mean()), *interval, len(values))
+    total, count = bootstrap_sums(torch.stack([values, torch.ones_like(values)], 1), groups, seed).T
+    return Estimate(float(values.mean()), *percentile_interval(total / count), len(values))
 
 
 def share_estimate(wins: Tensor, groups: Sequence[Hashable], seed: int = 0) -> Estimate:
@@ -113,32 +139,35 @@ def auroc(scores: Tensor, correct: Tensor) -> float | None:
 
 def auroc_within(scores: Tensor, correct: Tensor, valid: Tensor) -> float | None:
     """The same over pairs of valid candidates of one prompt, [P, G] each: what a group's advantages are made of."""
+    wins, pairs = pairs_within(scores, correct, valid).sum(0).tolist()
+    return wins / pairs if pairs else None
+
+
+def pairs_within(scores: Tensor, correct: Tensor, valid: Tensor) -> Tensor:
+    """float64 [P, 2]: each prompt's pairs of a right and a wrong valid candidate: the won ones, and all."""
     pairs = (correct & valid)[:, :, None] & (~correct & valid)[:, None, :]
     scores = scores.double()
     wins = ((scores[:, :, None] - scores[:, None, :]).sign() + 1) / 2
-    return float(wins[pairs].mean()) if bool(pairs.any()) else None
+    return torch.stack([torch.where(pairs, wins, 0.0).sum((1, 2)), pairs.sum((1, 2)).double()], 1)
 
 
 def auroc_estimates(
     scores: Tensor, correct: Tensor, valid: Tensor, seed: int = 0
 ) -> tuple[Estimate | None, Estimate | None]:
     """(over all, within prompts) for the valid candidates [P, G], bootstrapped over prompts; None without both."""
+    prompts, count = range(len(scores)), int(valid.sum())
 
     def overall(rows: Tensor) -> float | None:
         kept = valid[rows]
         return auroc(scores[rows][kept], correct[rows][kept])
 
-    def within(rows: Tensor) -> float | None:
-        return auroc_within(scores[rows], correct[rows], valid[rows])
-
-    prompts = range(len(scores))
-    estimates = []
-    for statistic in (overall, within):
-        value = statistic(torch.arange(len(scores)))
-        count = int(valid.sum())
-        interval = () if value is None else bootstrap_interval(statistic, prompts, seed)
-        estimates.append(None if value is None else Estimate(value, *interval, count))
-    return estimates[0], estimates[1]
+    value = overall(torch.arange(len(scores)))
+    over_all = None if value is None else Estimate(value, *bootstrap_interval(overall, prompts, seed), count)
+    value = auroc_within(scores, correct, valid)
+    if value is None:
+        return over_all, None
+    wins, pairs = bootstrap_sums(pairs_within(scores, correct, valid), prompts, seed).T
+    return over_all, Estimate(value, *percentile_interval(wins[pairs > 0] / pairs[pairs > 0]), count)
 
 
 def calibration(
@@ -155,25 +184,18 @@ def calibration(
     confidence, right = torch.maximum(p, 1 - p), ((p - 0.5).sign() + 1) / 2
     place = ((confidence - 0.5) * 2 * num_bins).long().clamp(0, num_bins - 1)
 
-    def sums(rows: Tensor) -> Tensor:
-        """Count, sum of confidence, sum of right answers of each bin: [3, num_bins]."""
-        values = torch.stack([torch.ones_like(p), confidence, right])[:, rows]
-        return torch.zeros(3, num_bins, dtype=torch.float64).index_add_(1, place[rows], values)
-
-    def error(rows: Tensor) -> float:
-        _, c, r = sums(rows)
-        return float((c - r).abs().sum() / len(rows))
-
-    def brier(rows: Tensor) -> float:
-        return float((1 - p[rows]).square().mean())
-
-    everything = torch.arange(len(p))
-    estimates = [
-        Estimate(statistic(everything), *bootstrap_interval(statistic, groups, seed), len(p))
-        for statistic in (error, brier)
-    ]
-    bins = [CalibrationBin(int(n), float(c / n), float(r / n)) for n, c, r in sums(everything).T if n > 0]
-    return Calibration(*estimates, tuple(bins))
+    sums = torch.zeros(3, num_bins, dtype=torch.float64)
+    sums.index_add_(1, place, torch.stack([torch.ones_like(p), confidence, right]))
+    # Of each case, in its bin, by how much confidence is above what was right.
+    excess = torch.zeros(len(p), num_bins, dtype=torch.float64).scatter_(
+        1, place[:, None], (confidence - right)[:, None]
+    )
+    error = float(excess.sum(0).abs().sum() / len(p))
+    resampled = bootstrap_sums(torch.cat([excess, torch.ones(len(p), 1)], 1), groups, seed)
+    interval = percentile_interval(np.abs(resampled[:, :-1]).sum(1) / resampled[:, -1])
+    bins = [CalibrationBin(int(n), float(c / n), float(r / n)) for n, c, r in sums.T if n > 0]
+    brier = mean_estimate((1 - p).square(), groups, seed)
+    return Calibration(Estimate(error, *interval, len(p)), brier, tuple(bins))
 
 
 def majority_answer(answers: Sequence[str | None]) -> str | None:

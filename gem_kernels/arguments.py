@@ -16,6 +16,9 @@ from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
+GPU = ("cuda", "meta")
+"""Device types that take a GPU's way. Meta tensors stand for a GPU where there is none: tests and
+`python -m bench.counts` count products, passes and allocations with them."""
 
 
 def not_compiled(function):
@@ -26,6 +29,19 @@ def not_compiled(function):
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"`{name}` must be {expected}, got {got}")
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type in GPU
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that waits for nothing: a GPU fetches it from pinned memory."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type in GPU:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def check_tensor(
@@ -117,6 +133,10 @@ def check_temperature(temperature: Any, shape: torch.Size, device: torch.device)
         fail("temperature", "a float or a floating-point tensor", temperature.dtype)
     if temperature.requires_grad:
         fail("temperature", "without requires_grad (no gradient reaches it; detach it)", "requires_grad=True")
+    if temperature.dim() == 0 and temperature.device.type == "cpu" != device.type and not torch.compiler.is_compiling():
+        number = float(temperature)  # known here; a copy to the device would wait for it
+        check_number("temperature", number, above=0.0)
+        return number, None
     if temperature.device != device and temperature.dim() > 0:
         fail("temperature", f"on {device}, like the other tensors", temperature.device)
     try:
@@ -137,8 +157,8 @@ def check_backend(backend: Any, device: torch.device) -> str:
     """ "auto" -> "triton" on a GPU, "cpu" (compiled code where a compiler is found) elsewhere. Others: themselves."""
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return "triton" if device.type == "cuda" else "cpu"
-    if backend == "triton" and device.type != "cuda" and not _interpreting():
+        return "triton" if device.type in GPU else "cpu"
+    if backend == "triton" and device.type not in GPU and not _interpreting():
         fail("backend", "'auto' or 'torch' for tensors on the CPU (Triton there needs TRITON_INTERPRET=1)", "'triton'")
     return backend
 

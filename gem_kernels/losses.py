@@ -38,8 +38,10 @@ def sequence_weights(
     counts: Tensor, valid: Tensor, loss_type: str, max_completion_length: Any, denominator: float | Tensor | None
 ) -> Tensor:
     """c_i / Z, [B] float32; 0 for invalid sequences and where Z is 0."""
-    if denominator is not None:
-        Z = torch.as_tensor(denominator, dtype=torch.float32, device=counts.device)
+    if isinstance(denominator, Tensor) and denominator.device == counts.device:
+        Z = denominator.float()
+    elif denominator is not None:  # on the host: a kernel's argument, where a copy to the device would wait for it
+        Z = torch.full((), float(denominator), dtype=torch.float32, device=counts.device)
     elif loss_type == "token":
         Z = torch.where(valid, counts, 0.0).sum()
     elif loss_type == "constant":

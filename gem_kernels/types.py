@@ -164,7 +164,8 @@ class SegaOutput:
     logprobs: Tensor
     entropy: Tensor
     path: str = "logits"
-    """How the gradients were made: "logits", "one_shot" (3 G) or "two_phase" (3 to 4 G); G = 2 N D V flop."""
+    """How the gradients were made: "logits", "one_shot" (3 products with the head, 2 where it is frozen) or "two_phase"
+    (3 to 4). A product is 2 N D V flop."""
     active_share: Tensor | None = None
     """With `active_vocab`: the share of the vocabulary's columns that was kept, averaged over rows."""
     active_error: Tensor | None = None

@@ -9,6 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Read by every library of threads when it is loaded; the processes of tests inherit it. Workers that share the cores
+# would wait for each other's threads: two workers of two threads each took twice the time of one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _shared = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_shared))
+
 import torch
 from filelock import FileLock
 

@@ -61,7 +61,7 @@ def check_threshold(active_vocab: Any, sharded: bool) -> float | None:
 
 def column_norms(gradient: Tensor) -> Tensor:
     """[n, V] -> sqrt(sum_r G_rv^2) [V], float32."""
-    if gradient.is_cuda:
+    if arguments.on_gpu(gradient):
         return torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
     # vector_norm(dim=0) walks down the columns: 40 % of the dense products' time (2 cores, n = 2,048, V = 49,152).
     total = torch.zeros(gradient.shape[1], dtype=torch.float32, device=gradient.device)
@@ -83,7 +83,7 @@ def active_columns(gradient: Tensor, targets: Tensor, weights: Tensor, threshold
 def _mm(x: Tensor, y: Tensor) -> Tensor:
     """float32, however the operands are kept; a GPU multiplies them in the narrower dtype."""
     narrow = x if x.dtype.itemsize <= y.dtype.itemsize else y
-    if narrow.is_cuda and narrow.dtype != torch.float32:
+    if arguments.on_gpu(narrow) and narrow.dtype != torch.float32:
         return torch.mm(x.to(narrow.dtype), y.to(narrow.dtype), out_dtype=torch.float32)
     return torch.mm(x.float(), y.float())
 
@@ -120,6 +120,7 @@ class ActiveProducts:
         grad_weight: Any,
         targets: Tensor,
         weights: Tensor,
+        unscale: Any = None,
     ) -> bool:
         """As `Products.backward`. False where the chunk is better done whole; then nothing is written."""
         n, V = gradient.shape
@@ -129,13 +130,20 @@ class ActiveProducts:
             self.kept += n * V
             return False
         self.kept += n * len(index)
-        hidden = hidden if hidden.is_cuda else hidden.float()
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if self.needs_hidden else None
+        self.unscale = unscale
+        hidden = hidden if arguments.on_gpu(hidden) else hidden.float()
+        total: Any = None
+        if self.needs_hidden:
+            total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         self._active(gradient, hidden, index, total, grad_weight)
         self._tail(gradient, hidden, index, total, grad_weight)
         if self.needs_hidden:
-            grad_hidden.copy_(total)
+            grad_hidden.copy_(self._unscaled(total))
         return True
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """What is linear in the gradient, as if that had not been scaled. In place."""
+        return x if self.unscale is None else x.mul_(self.unscale)
 
     def _active(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         n, D = hidden.shape
@@ -144,7 +152,7 @@ class ActiveProducts:
             if self.needs_hidden:
                 total += _mm(columns, self.weight[part])
             if self.needs_weight:
-                grad_weight.index_add_(0, part, _mm(columns.t(), hidden))
+                grad_weight.index_add_(0, part, self._unscaled(_mm(columns.t(), hidden)))
 
     def _tail(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         if self.directions is not None:
@@ -162,12 +170,13 @@ class ActiveProducts:
             embedded = self._over_words(dropped[: k + PROBES], self.weight)
             total.addmm_(basis, embedded[:k])
             left_out = torch.addmm(embedded[k:], signs.t() @ basis, embedded[:k], alpha=-1)
-            self.hidden_error += left_out.square().sum() / PROBES
+            self.hidden_error += self._unscaled(left_out).square().sum() / PROBES
             if self.chunks.bit_count() == 1 and k == RANK <= hidden.shape[1]:
                 self.directions = torch.linalg.qr(embedded[:k].t())[0].roll(1, 1)
         if self.needs_weight:
-            self.weight_error += torch.addmm(dropped[k + PROBES :], probes.t() @ basis, projected, alpha=-1)
-            self.pending.append((projected.clone(), _mm(basis.t(), hidden)))
+            left_out = torch.addmm(dropped[k + PROBES :], probes.t() @ basis, projected, alpha=-1)
+            self.weight_error += self._unscaled(left_out)
+            self.pending.append((self._unscaled(projected.clone()), _mm(basis.t(), hidden)))
             if len(self.pending) == self.most_pending:
                 self.add_pending(grad_weight)
 
@@ -192,13 +201,13 @@ class ActiveProducts:
 
     def _to_words(self, x: Tensor, y: Tensor) -> Tensor:
         """[few, m] @ [m, V]."""
-        if y.is_cuda or y.dtype == torch.float32:
+        if arguments.on_gpu(y) or y.dtype == torch.float32:
             return _mm(x, y)
         return torch.cat([_mm(x, part) for part in y.split(self._slice(y.shape[0]), 1)], 1)
 
     def _over_words(self, x: Tensor, y: Tensor) -> Tensor:
         """[m, V] @ [V, l], one of m and l few."""
-        if x.is_cuda or x.dtype == y.dtype == torch.float32:
+        if arguments.on_gpu(x) or x.dtype == y.dtype == torch.float32:
             return _mm(x, y)
         total = torch.zeros(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
         size = self._slice(max(x.shape[0], y.shape[1]))

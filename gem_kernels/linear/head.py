@@ -14,7 +14,11 @@ from ..backends.types import RowOptions
 from . import vocab_parallel
 from .active_vocab import check_threshold
 
-WORKSPACE_BYTES = 128 * 2**20
+WORKSPACE_BYTES = 2**30
+# Of a GPU's chunk by default: its products are cut into tiles of so many rows at most.
+TILE_ROWS = 256
+# Elements between the rows of a workspace are a multiple of it: the libraries' fast kernels want rows at 16 bytes.
+ALIGNED = 8
 # A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
 WORKSPACE_BYTES_CPU = 64 * 2**20
 
@@ -36,6 +40,7 @@ class LinearArguments:
     vocab_parallel: Any
     backend: Any
     active_vocab: Any = None
+    rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ class HeadParameters:
     """Where `weight` is one shard of several. Then targets and `ignore_index` of the rows are local."""
     active_vocab: float | None = None
     """Of the backward products: see active_vocab.py."""
+    tile_rows: int = 1
+    """A chunk's rows are a multiple of it, where that many fit."""
 
     @property
     def gradient_dtype(self) -> torch.dtype:
         """Of dL/dlogits, an operand of the backward products: a GPU multiplies 16-bit numbers, a CPU what it has."""
-        return self.weight.dtype if self.weight.is_cuda else self.logits_dtype
+        return self.weight.dtype if arguments.on_gpu(self.weight) else self.logits_dtype
 
     @property
     def rows_per_chunk(self) -> int:
@@ -67,7 +74,46 @@ class HeadParameters:
         bytes_per_logit = self.logits_dtype.itemsize
         if self.gradient_dtype != self.logits_dtype:
             bytes_per_logit += self.gradient_dtype.itemsize
-        return max(1, self.workspace_bytes // (V * bytes_per_logit))
+        n = self.workspace_bytes // (row_stride(V) * bytes_per_logit)
+        return max(1, n - n % self.tile_rows if n >= self.tile_rows else n)
+
+    def workspace(self, n_rows: int, dtype: torch.dtype) -> Tensor:
+        """Empty, [n_rows, V]; `row_stride(V)` elements from row to row."""
+        V = self.weight.shape[0]
+        return torch.empty(n_rows, row_stride(V), dtype=dtype, device=self.weight.device)[:, :V]
+
+
+class HostLayout(NamedTuple):
+    """The layout of a call, on the device, and what of it the host knows without a wait."""
+
+    mask: Any
+    cu_seqlens: Any
+    rows: Tensor | None
+    """Indices of the rows that count."""
+    offsets: list[int] | None
+    """`cu_seqlens`."""
+
+
+def host_layout(targets: Tensor, mask: Any, cu_seqlens: Any) -> HostLayout:
+    """A mask or offsets that are on the CPU while `targets` is on a GPU are copied there."""
+    rows = offsets = None
+    gpu = arguments.on_gpu(targets)
+    if isinstance(mask, Tensor) and gpu and mask.device.type == "cpu":
+        arguments.check_tensor("completion_mask", mask, shape=targets.shape, dtypes=(torch.bool,))
+        rows, mask = mask.reshape(-1).nonzero()[:, 0], arguments.to_device(mask, targets.device)
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu" and cu_seqlens.dim() == 1:
+        offsets = cu_seqlens.tolist()
+        if gpu:
+            if not offsets or offsets[0] != 0 or offsets[-1] != targets.shape[0] or offsets != sorted(offsets):
+                arguments.fail(
+                    "cu_seqlens", f"non-decreasing from 0 to N = {targets.shape[0]}", arguments.shown(offsets)
+                )
+            cu_seqlens = arguments.to_device(cu_seqlens, targets.device)
+    return HostLayout(mask, cu_seqlens, rows, offsets)
+
+
+def row_stride(V: int) -> int:
+    return V + -V % ALIGNED
 
 
 class Chunk(NamedTuple):
@@ -87,7 +133,10 @@ class TokenRows:
     options: RowOptions
     """Of the unscaled product."""
     kept: Tensor | None
-    """Indices of the rows that count among `total`, or None for all. Only on the CPU: a count would wait for a GPU."""
+    """Indices of the rows that count among `total`, on the device; None for all. On a GPU only where the caller knows
+    them: a count would wait for the device."""
+    kept_on_host: Tensor | None
+    """The same, where group bounds are looked up in them."""
     total: int
 
     def __len__(self) -> int:
@@ -95,7 +144,7 @@ class TokenRows:
 
     def chunk(self, begin: int, end: int) -> Chunk:
         hidden, targets = self.hidden[begin:end], self.targets[begin:end]
-        if hidden.is_cuda:
+        if arguments.on_gpu(hidden):
             # Ignored rows are still here; whatever they hold must not reach dWeight as 0 * NaN.
             hidden = hidden.masked_fill((targets == self.options.ignore_index)[:, None], 0.0)
         return Chunk(hidden, targets, self.options.of(slice(begin, end)))
@@ -127,14 +176,19 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
         hidden = given.hidden
         needs_hidden = hidden.requires_grad and torch.is_grad_enabled()
         dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
-        facts = (V, targets.numel(), hidden.shape[-1], needs_hidden, *dtypes, head.workspace_bytes, given.ignore_index)
+        needs_head = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (given.weight, given.bias)
+        )
+        workspace = 0 if given.workspace_bytes is None else head.workspace_bytes
+        sizes = (V, targets.numel(), hidden.shape[-1])
+        facts = (*sizes, needs_hidden, needs_head, *dtypes, workspace, given.ignore_index)
         shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
         assert shards is not None
         head, V = replace(head, shards=shards), shards.starts[-1]
         scaled = replace(scaled, ignore_index=vocab_parallel.IGNORED)
     elif parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:
         arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", parallel.vocab_starts)
-    check_values(targets, options, V)
+    check_values(counted_rows(targets, given.rows, given.ignore_index), options, V)
     return replace(head, active_vocab=check_threshold(given.active_vocab, sharded)), scaled
 
 
@@ -172,22 +226,53 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     logits_dtype = hidden.dtype if given.logits_dtype is None else given.logits_dtype
     if logits_dtype not in (hidden.dtype, torch.float32):
         arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
-    workspace_bytes = given.workspace_bytes
+    workspace_bytes, tile_rows = given.workspace_bytes, 1
     if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else WORKSPACE_BYTES
+        workspace_bytes = WORKSPACE_BYTES_CPU
+        if arguments.on_gpu(hidden):
+            workspace_bytes, tile_rows = WORKSPACE_BYTES, TILE_ROWS
     arguments.check_count("workspace_bytes", workspace_bytes)
+    _check_rows(given.rows, targets.numel())
     backend = arguments.check_backend(given.backend, hidden.device)
-    head = HeadParameters(weight.detach(), None if bias is None else bias.detach(), logits_dtype, workspace_bytes)
+    bias = None if bias is None else bias.detach()
+    head = HeadParameters(weight.detach(), bias, logits_dtype, workspace_bytes, tile_rows=tile_rows)
     return head, RowOptions(number, temperatures, softcap, given.ignore_index, backend)
 
 
-def token_rows(hidden: Tensor, targets: Tensor, head: HeadParameters, options: RowOptions) -> TokenRows:
-    """Flattens; on the CPU rows that are ignored are dropped, before any product."""
+def _check_rows(rows: Any, total: int) -> None:
+    if rows is None:
+        return
+    arguments.check_tensor("rows", rows, dtypes=(torch.int64,))
+    if rows.dim() != 1 or rows.device.type != "cpu":
+        arguments.fail("rows", "of shape [n], on the CPU", f"{tuple(rows.shape)} on {rows.device}")
+    fine = len(rows) == 0 or (int(rows[0]) >= 0 and int(rows[-1]) < total and bool((rows[1:] > rows[:-1]).all()))
+    if not fine:
+        arguments.fail("rows", f"increasing, from 0 to below the number of targets, {total}", arguments.shown(rows))
+
+
+def counted_rows(targets: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """On the CPU `targets`, those that `rows` leaves out replaced by `ignore_index`. On a GPU nothing reads them."""
+    if rows is None or targets.device.type != "cpu":
+        return targets
+    flat = targets.reshape(-1)
+    return torch.full_like(flat, ignore_index).index_copy_(0, rows, flat[rows]).view(targets.shape)
+
+
+def token_rows(
+    hidden: Tensor, targets: Tensor, head: HeadParameters, options: RowOptions, known: Tensor | None = None
+) -> TokenRows:
+    """Flattens, and drops rows that do not count before any product: on the CPU those that are ignored; on a GPU those
+    that are not among `known`, indices on the host."""
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
     if head.shards is not None:
         targets = head.shards.local_targets(targets)
-    total, kept = hidden.shape[0], None
-    if hidden.device.type == "cpu" and bool((targets == options.ignore_index).any()):
-        kept = (targets != options.ignore_index).nonzero()[:, 0]
+    total, kept = hidden.shape[0], known
+    if hidden.device.type == "cpu":
+        targets = counted_rows(targets, known, options.ignore_index)
+        counted = targets != options.ignore_index
+        kept = known = None if bool(counted.all()) else counted.nonzero()[:, 0]
+    elif known is not None:
+        kept = None if len(known) == total else arguments.to_device(known, hidden.device)
+    if kept is not None:
         hidden, targets, options = hidden[kept], targets[kept], options.of(kept)
-    return TokenRows(hidden, targets.contiguous(), options, kept, total)
+    return TokenRows(hidden, targets.contiguous(), options, kept, known, total)

@@ -1,7 +1,10 @@
 """Gradients made while the logits are there, in forward, and a loss that carries them to backward.
 
 A loss of (logprob, entropy) of each token needs the logits for nothing else, so autograd on these two vectors gives
-dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logits: 3 G instead of 4 G.
+dL/dlogprob and dL/dentropy of a chunk before the next chunk overwrites its logits: 3 products instead of 4.
+
+Where a row's weight comes later and only the hidden states need a gradient, dHidden is made with weight 1 while the
+logits are there, kept in float32, and multiplied by the weight when that is known.
 """
 
 from __future__ import annotations
@@ -11,27 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..backends.rows import rows_backward, rows_forward
 from ..backends.types import RowGradients
 from .active_vocab import Report
 from .head import HeadParameters, TokenRows
-from .products import Gradients, Products
+from .products import Gradients, Products, held_dtype, row_weights
 
 
 class OneShot:
-    """Statistics and gradients from one making of the logits: 3 G in all.
+    """Statistics and gradients from one making of the logits: 3 products in all, 2 where the head is frozen.
 
     Call `statistics(begin, end)`, decide dL/dlogprob and dL/dentropy of these rows, call `gradients` with
     them; chunk after chunk. `finish` gives the gradients. A chunk is at most head.rows_per_chunk rows. Where that
-    takes the statistics of more rows, `again(begin, end)` makes the logits of an earlier chunk once more.
+    takes the statistics of more rows, `again(begin, end)` makes the logits of an earlier chunk once more; or, where
+    `weighs_later`, `unit_gradients` follows each `statistics`, and `weigh` ends them.
     """
 
     def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
-        self.products = Products(head, len(rows), needs)
+        self.products = Products(head, len(rows), needs, held=True)
         self.norms = torch.empty(2, len(rows), dtype=torch.float32, device=rows.hidden.device)
         """row_max and log_sum"""
-        self.grad_hidden = torch.zeros_like(rows.hidden) if needs[0] else None
+        self.logits: Any = None
+        self.grad_hidden: Any = None
+        if needs[0]:
+            dtype = held_dtype(rows.hidden.dtype)
+            self.grad_hidden = torch.empty(rows.hidden.shape, dtype=dtype, device=rows.hidden.device)
+        self.unit: Any = None
+        """dHidden of rows [unit_begin, ...) with weight 1, float32."""
+
+    @property
+    def weighs_later(self) -> bool:
+        """Not with `active_vocab`: which columns matter depends on the rows' weights."""
+        return self.needs == (True, False, False) and self.head.active_vocab is None
 
     def statistics(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """logprobs, entropy of rows [begin, end)."""
@@ -54,15 +70,43 @@ class OneShot:
         if not any(self.needs):
             return
         begin, end = self.at
+        into = None if self.grad_hidden is None else self.grad_hidden[begin:end]
+        self._gradients(into, entropy, grad_logprobs, grad_entropy)
+
+    def _gradients(self, into: Any, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor) -> None:
+        begin, end = self.at
         chunk = self.rows.chunk(begin, end)
         gradient = self.products.gradient(end - begin)
+        weights, unscale = row_weights(grad_logprobs, grad_entropy, chunk.options.tau), None
+        if gradient.dtype == torch.float16:
+            scale, unscale = _powers_of_two(weights)
+            weights, grad_logprobs, grad_entropy = (x * scale for x in (weights, grad_logprobs, grad_entropy))
         given = (entropy, *self.norms[:, begin:end], grad_logprobs, grad_entropy)
         vectors = RowGradients(*(x.float().contiguous() for x in given))
         rows_backward(gradient[None], self.logits[None], chunk.targets, chunk.options, vectors)
-        grad_hidden = None if self.grad_hidden is None else self.grad_hidden[begin:end]
-        self.products.backward(gradient, chunk, grad_hidden, vectors.grad_logprobs, vectors.grad_entropy)
+        self.products.backward(gradient, chunk, into, weights, unscale)
+
+    def unit_gradients(self, begin: int, end: int, entropy: Tensor) -> None:
+        """dHidden of the rows of the last `statistics`, among rows [begin, end) that `weigh` takes together."""
+        if self.unit is None:
+            self.unit, self.unit_begin = self.grad_hidden[begin:end], begin
+            if self.unit.dtype != torch.float32:
+                self.unit = torch.empty(self.unit.shape, dtype=torch.float32, device=self.unit.device)
+        first, last = (x - self.unit_begin for x in self.at)
+        ones = torch.ones_like(entropy)
+        self._gradients(self.unit[first:last], entropy, ones, torch.zeros_like(ones))
+
+    def weigh(self, grad_logprobs: Tensor) -> None:
+        """Ends the rows of `unit_gradients`, by their dL/dlogprob. A row of weight 0 is 0, were it NaN before."""
+        self.products.end_reduction()
+        begin, weights = self.unit_begin, grad_logprobs[:, None]
+        self.unit.mul_(weights).masked_fill_(weights == 0, 0.0)
+        if self.unit.dtype != self.grad_hidden.dtype:
+            self.grad_hidden[begin : begin + len(weights)] = self.unit
+        self.unit = None
 
     def finish(self) -> Gradients:
+        self.logits = None
         return (self.grad_hidden, *self.products.gradients())
 
     def report(self) -> Report | None:
@@ -70,12 +114,20 @@ class OneShot:
         return self.products.report(self.grad_hidden)
 
 
+def _powers_of_two(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, 1 / x), scalars: with rows of weight `weights` * x the largest entries of dL/dlogits are about 1, so that
+    float16 holds them whatever the loss is divided by."""
+    top = weights.abs().amax() if weights.numel() else weights.new_ones(())
+    exponent = torch.where((top > 0) & top.isfinite(), top.log2().ceil(), 0.0).clamp(-100, 100)
+    return torch.exp2(-exponent), torch.exp2(exponent)
+
+
 class _Precomputed(torch.autograd.Function):
     """A loss whose gradients were made with it. Backward multiplies them, in place, by the scalar that comes."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, loss, gradients):
-        ctx.gradients = gradients
+        ctx.gradients, ctx.dtype = gradients, hidden.dtype
         return loss
 
     @staticmethod
@@ -84,7 +136,7 @@ class _Precomputed(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a fused linear loss are used up by its first backward; call it again")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else _scale(g, upstream) for g in gradients), None, None)
+        return (*(None if g is None else _scale(g, upstream).to(ctx.dtype) for g in gradients), None, None)
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -93,8 +145,11 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
         return gradient
     if gradient.dtype == torch.float32:
         return gradient.mul_(upstream)
-    # Of shape [1], not a scalar: it then takes part in type promotion. In parts, for the CPU makes float32 copies.
-    for part in gradient.split(max(1, (1 << 22) * gradient.shape[0] // max(1, gradient.numel()))):
+    # Of shape [1], not a scalar: it then takes part in type promotion. In parts on a CPU, which makes float32 copies.
+    rows = (
+        gradient.shape[0] if arguments.on_gpu(gradient) else (1 << 22) * gradient.shape[0] // max(1, gradient.numel())
+    )
+    for part in gradient.split(max(1, rows)):
         part.mul_(upstream.reshape(1))
     return gradient
 

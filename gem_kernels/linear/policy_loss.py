@@ -31,20 +31,24 @@ def fused_linear_policy_loss(
     vocab_parallel: VocabParallel | None = None,
     active_vocab: float | None = None,
     backend: str = "auto",
+    rows: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
 
         L = sum over chunks of token_loss(logprobs, entropy, **token_inputs)
 
     `token_loss` is written in plain torch; autograd on its two vectors gives what the head's backward needs, so loss
-    and gradients of hidden, weight and bias cost three matrix products (3 G), and the logits are never whole. Policy
-    gradients with clipping, KL to a reference, entropy bonuses and cross entropy are all of this form.
+    and gradients of hidden, weight and bias cost 3 matrix products (2 where the head is frozen), and the logits are
+    never whole. Policy gradients with clipping, KL to a reference, entropy bonuses and cross entropy are all of this
+    form.
 
     Args:
-        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These and the options: `linear_token_stats`.
+        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These, `rows` and the options:
+            `linear_token_stats`.
         token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
-            over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. On the CPU it
-            does not see ignored tokens; on a GPU it sees them with logprob and entropy 0, and drops their gradient.
+            over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. It gives a
+            gradient to its first two arguments alone. On the CPU it does not see ignored tokens; on a GPU it sees those
+            among `rows` with logprob and entropy 0, and drops their gradient.
         token_inputs: tensors shaped [..., *] like `targets` in their leading axes (old log-probs, advantages, masks);
             the rows of the chunk are passed by keyword. They get no gradient.
 
@@ -54,7 +58,8 @@ def fused_linear_policy_loss(
         the measured errors of the gradients.
 
     Raises:
-        ValueError: an argument is not as above, or token_loss returns something other than a scalar.
+        ValueError: an argument is not as above; token_loss returns something other than a scalar, or its result needs
+            the gradient of something else than its arguments (a parameter it captures), which would be lost.
 
     Example:
         >>> def loss(logprobs, entropy, old, advantages):
@@ -66,28 +71,28 @@ def fused_linear_policy_loss(
     """
     given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        vocab_parallel, backend, active_vocab,
+        vocab_parallel, backend, active_vocab, rows,
     )  # fmt: skip
     head, options = check_head(given)
     if not callable(token_loss):
         arguments.fail(
             "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
         )
-    rows = token_rows(hidden.detach(), targets, head, options)
-    inputs = _flat_inputs(token_inputs or {}, targets, rows)
-    shot = OneShot(rows, head, needs_of(hidden, weight, bias))
+    tokens = token_rows(hidden.detach(), targets, head, options, rows)
+    inputs = _flat_inputs(token_inputs or {}, targets, tokens)
+    shot = OneShot(tokens, head, needs_of(hidden, weight, bias))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    out = torch.zeros(2, len(rows), dtype=torch.float32, device=hidden.device)
-    for begin in range(0, len(rows), head.rows_per_chunk):
-        end = min(begin + head.rows_per_chunk, len(rows))
+    out = torch.zeros(2, len(tokens), dtype=torch.float32, device=hidden.device)
+    for begin in range(0, len(tokens), head.rows_per_chunk):
+        end = min(begin + head.rows_per_chunk, len(tokens))
         out[:, begin:end] = torch.stack(shot.statistics(begin, end))
         logprobs, entropy = (x[begin:end].detach().clone() for x in out)
         part, a, b = _token_gradients(token_loss, logprobs, entropy, {k: v[begin:end] for k, v in inputs.items()})
         loss += part
         shot.gradients(entropy, a, b)
     gradients, report = shot.finish(), reported(shot.report())
-    loss = attach(hidden, weight, bias, loss, rows, gradients)
-    return PolicyLossOutput(loss, *(rows.spread(x).view(targets.shape) for x in out), **report)
+    loss = attach(hidden, weight, bias, loss, tokens, gradients)
+    return PolicyLossOutput(loss, *(tokens.spread(x).view(targets.shape) for x in out), **report)
 
 
 def _flat_inputs(token_inputs: Mapping[str, Tensor], targets: Tensor, rows: TokenRows) -> dict[str, Tensor]:
@@ -107,6 +112,7 @@ def _token_gradients(
     token_loss: Callable[..., Tensor], logprobs: Tensor, entropy: Tensor, inputs: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a chunk, and its gradient with respect to logprobs and entropy."""
+    wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         logprobs.requires_grad_()
         entropy.requires_grad_()
@@ -118,8 +124,28 @@ def _token_gradients(
         loss = loss.reshape(())
         a = b = None
         if loss.requires_grad:
+            if wanted:
+                _refuse_captured(loss, (logprobs, entropy))
             a, b = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
     logprobs.requires_grad_(False)
     entropy.requires_grad_(False)
     zeros = torch.zeros_like(logprobs)
     return loss.detach(), zeros if a is None else a, zeros if b is None else b
+
+
+def _refuse_captured(loss: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    """A tensor that `token_loss` captures and that requires a gradient would get none."""
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of an AccumulateGrad
+        if leaf is not None and not any(leaf is x for x in inputs):
+            arguments.fail(
+                "token_loss",
+                "a function whose gradient goes to its logprobs and entropy alone (detach what else it uses)",
+                f"one that uses a tensor {tuple(leaf.shape)} with requires_grad=True",
+            )
+        nodes += [after for after, _ in node.next_functions]

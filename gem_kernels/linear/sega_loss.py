@@ -1,4 +1,5 @@
-"""The SEGA loss from hidden states: in one shot where a group fits the workspace, in two phases where it does not."""
+"""The SEGA loss from hidden states: in one shot where a group fits the workspace or the head is frozen, else in two
+phases."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..losses import check_loss, sequence_weights, token_counts, weighted_sum
 from ..scores import Spans, completion_scores, counted_targets, group_advantages
 from ..types import EntropyScores, LinearScore, SegaOutput, VocabParallel
 from .active_vocab import Report
-from .head import HeadParameters, LinearArguments, TokenRows, check_head, token_rows
+from .head import HeadParameters, LinearArguments, TokenRows, check_head, host_layout, token_rows
 from .one_shot import OneShot, attach, needs_of, reported
 from .products import Gradients, statistics, statistics_backward
 
@@ -57,12 +58,17 @@ def fused_linear_sega_loss(
 
     SEGA's advantages are constants made from the entropies of the very logits they weigh. So where the logits of each
     prompt's candidates fit the workspace together, or the advantages are given, a chunk goes from product to gradients
-    at once (`path` "one_shot", 3 G). Otherwise ("two_phase") a group's logits are made twice, less the last workspace
-    full of them: 3 to 4 G. Both give the same numbers.
+    at once (`path` "one_shot", 3 products). Where only `hidden` needs a gradient (a frozen head) that is so at any
+    length: dHidden is made with weight 1, and multiplied by its sequence's weight, once, in float32, when the group's
+    scores are known (2 products). Otherwise ("two_phase") a group's logits are made twice, less the last workspace full
+    of them: 3 to 4 products. All give the same numbers.
 
     Args:
         hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
         weight: [V, D]; bias [V] or None. targets: [B, T] or [N].
+        completion_mask, cu_seqlens: may be on the CPU where the rest is on a GPU. Then the rows under a mask's padding
+            are left out of the products, and groups are cut where they end, without a wait. `cu_seqlens` on the GPU:
+            all groups are one run of chunks.
         The rest: as for `sega_loss` and `linear_token_stats`.
 
     Returns:
@@ -73,12 +79,14 @@ def fused_linear_sega_loss(
     Raises:
         ValueError: an argument is not as those functions ask.
 
-    On a GPU nothing waits for the device, but for two cases: packed sequences without given advantages copy
-    `cu_seqlens` to the host, to find the groups' bounds; `active_vocab` counts its columns.
+    On a GPU nothing waits for the device, but for `active_vocab`, which counts its columns.
 
     Source: GEM (arXiv 2511.13007), Eq. 2.
     """
+    host = None
     if isinstance(targets, Tensor):
+        host = host_layout(targets, completion_mask, cu_seqlens)
+        completion_mask, cu_seqlens = host.mask, host.cu_seqlens
         arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
         targets = counted_targets(targets, completion_mask, ignore_index)
     given = LinearArguments(
@@ -94,10 +102,11 @@ def fused_linear_sega_loss(
     if answer_start is None:
         answer_start = torch.full((B,), -1, dtype=torch.int64, device=targets.device)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
-    batch = _Batch(B, targets, spans, fork_weight, score)
+    assert host is not None
+    batch = _Batch(B, targets, spans, fork_weight, score, host.offsets)
     if advantages is None and B % cast(int, group_size):
         arguments.fail("group_size", f"a divisor of the number of sequences, {B}", group_size)
-    rows = token_rows(hidden.detach(), targets, head, options)
+    rows = token_rows(hidden.detach(), targets, head, options, host.rows)
     # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
     nothing = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     is_valid = batch.scores(nothing, nothing).valid
@@ -109,10 +118,10 @@ def fused_linear_sega_loss(
     group = _Grouping(group_size, mapping, scale, eps, backend)
     call = _Call(batch, rows, head, weights, needs, group, advantages)
     bounds = batch.group_bounds(group_size, rows) if advantages is None else []
-    if max((e - b for b, e in itertools.pairwise(bounds)), default=0) > head.rows_per_chunk:
+    path, run = "one_shot", _by_group
+    longest = max((e - b for b, e in itertools.pairwise(bounds)), default=0)
+    if longest > head.rows_per_chunk and not (needs == (True, False, False) and head.active_vocab is None):
         path, run = "two_phase", _by_group if head.shards is None else _two_phase
-    else:
-        path, run = "one_shot", _by_group
     logprobs, entropy, advantages, loss, gradients, report = run(call, bounds)
     scores = batch.scores(logprobs, entropy)
     loss = attach(hidden, weight, bias, loss, rows, gradients)
@@ -131,6 +140,8 @@ class _Batch:
     spans: Spans
     fork_weight: float
     score: LinearScore | None
+    host_offsets: list[int] | None
+    """`cu_seqlens`, where the host knows them."""
 
     def scores(self, logprobs: Tensor, entropy: Tensor, begin: int = 0, end: int | None = None) -> EntropyScores:
         """Of sequences [begin, end), from the statistics of all tokens."""
@@ -142,6 +153,7 @@ class _Batch:
             if spans.completion_mask is not None:
                 tokens, part["completion_mask"] = slice(begin, end), spans.completion_mask[begin:end]
             else:
+                assert self.host_offsets is not None
                 tokens = slice(self.host_offsets[begin], self.host_offsets[end])
                 part["cu_seqlens"] = spans.cu_seqlens[begin : end + 1] - tokens.start
             spans = replace(spans, **part)
@@ -158,15 +170,17 @@ class _Batch:
         return torch.searchsorted(ends, token, right=True).clamp(max=max(0, self.B - 1))
 
     def group_bounds(self, group_size: Any, rows: TokenRows) -> list[int]:
-        """Rows at which groups begin, and where the last ends."""
+        """Rows at which groups begin, and where the last ends; of all together, where the host knows no better."""
         if self.spans.completion_mask is not None:
             T = self.targets.shape[1]
             bounds = [s * T for s in range(0, self.B + 1, group_size)]
-        else:
-            self.host_offsets = self.spans.cu_seqlens.tolist()
+        elif self.host_offsets is not None:
             bounds = self.host_offsets[::group_size]
-        if rows.kept is not None:
-            bounds = torch.searchsorted(rows.kept, rows.kept.new_tensor(bounds)).tolist()
+        else:
+            return [0, len(rows)]
+        if rows.kept_on_host is not None:
+            at = torch.tensor(bounds, dtype=torch.int64, device="cpu")
+            bounds = torch.searchsorted(rows.kept_on_host, at).tolist()
         return bounds
 
 
@@ -215,10 +229,10 @@ class _Made(NamedTuple):
 
 
 def _merged(bounds: list[int], rows_per_chunk: int) -> list[tuple[int, int]]:
-    """Runs of groups [g, h) whose rows fit one chunk."""
+    """Runs of groups [g, h) whose rows fit one chunk; a larger group is a run of its own."""
     runs, begin = [], 0
     for g in range(1, len(bounds)):
-        if bounds[g] - bounds[begin] > rows_per_chunk:
+        if bounds[g] - bounds[begin] > rows_per_chunk and g - 1 > begin:
             runs.append((begin, g - 1))
             begin = g - 1
     if begin < len(bounds) - 1:
@@ -236,7 +250,7 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     """Runs of groups, one after the other: statistics, advantages, gradients.
 
     Where a run is more than one chunk, its last chunk's logits are still there when the advantages are known; those of
-    the others are made again.
+    the others are made again. Not where the head is frozen: see OneShot.
     """
     batch, rows, weights, advantages = call.batch, call.rows, call.weights, call.advantages
     shot = OneShot(rows, call.head, call.needs)
@@ -249,13 +263,16 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
     if advantages is not None:
         runs = [(b, min(b + step, len(rows)), None) for b in range(0, len(rows), step)]
     else:
-        size = call.group.size
+        size = batch.B // max(1, len(bounds) - 1)  # sequences from bound to bound
         advantages = torch.zeros_like(weights)
         runs = [(bounds[g], bounds[h], slice(g * size, h * size)) for g, h in _merged(bounds, step)]
     for begin, end, sequences in runs:
         chunks = _chunks(begin, end, step)
+        later = len(chunks) > 1 and shot.weighs_later
         for first, last in chunks:
             logprobs[first:last], entropy[first:last] = shot.statistics(first, last)
+            if later:
+                shot.unit_gradients(begin, end, entropy[first:last])
         if sequences is not None:
             at = slice(begin, end) if rows.kept is None else rows.kept[begin:end]
             known[0, at], known[1, at] = logprobs[begin:end], entropy[begin:end]
@@ -264,6 +281,9 @@ def _by_group(call: _Call, bounds: list[int]) -> _Made:
             advantages[sequences] = call.group.advantages(scores)
         a = (-advantages * weights)[sequence[begin:end]]
         loss += weighted_sum(a, logprobs[begin:end])
+        if later:
+            shot.weigh(a)
+            continue
         for first, last in reversed(chunks if any(call.needs) else []):
             shot.again(first, last)
             part = a[first - begin : last - begin]

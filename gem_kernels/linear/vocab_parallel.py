@@ -148,9 +148,10 @@ FACTS = (
     "the sum of the targets",
     "hidden's width",
     "whether hidden needs a gradient (1 or 0)",
+    "whether weight or bias needs a gradient (1 or 0)",
     "the dtype of hidden",
     "logits_dtype",
-    "workspace_bytes",
+    "workspace_bytes (0: the default)",
     "ignore_index",
 )
 

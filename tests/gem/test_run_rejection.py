@@ -20,6 +20,7 @@ from gem.files import write_jsonl
 from gem.loop import train
 from gem.model.forward import Policy, completion_stats
 from gem.rollout.sample import given_completions
+from gem.run import save_points
 from gem.run.keep_best import changes
 from gem.scoring.score import score_rollout
 from gem.update.rejection import best_of_each, choose_winners, rejection_metrics
@@ -160,18 +161,18 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(folder, monkeypatch,
     """Cut off after so many optimizer steps, the last of SFT's or one in between: winners are not drawn again."""
     more = {"start_weight": 0.5, "save_steps": 1, "log_completions_steps": 1}
     whole, _ = run(folder, f"whole-{stop}", **more)
-    real = loop.save
+    real = save_points.save
 
-    def save_and_stop(session, state, stage_state):
-        real(session, state, stage_state)
+    def save_and_stop(session, state, stage_state, needs):
+        real(session, state, stage_state, needs)
         if state.total_steps == len(sft_steps) + stop - 3:
             raise KeyboardInterrupt
 
     sft_steps = [row for row in rows_of(whole) if row["stage"] == "SFT"]
-    monkeypatch.setattr(loop, "save", save_and_stop)
+    monkeypatch.setattr(save_points, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run(folder, f"cut-{stop}", **more)
-    monkeypatch.setattr(loop, "save", real)
+    monkeypatch.setattr(save_points, "save", real)
     resumed, _ = run(folder, f"cut-{stop}", resume=True, **more)
     assert weights(resumed) == weights(whole)
     assert (resumed.run_dir / "completions.jsonl").read_text() == (whole.run_dir / "completions.jsonl").read_text()

@@ -9,11 +9,12 @@ import torch
 
 from gem_kernels import fused_linear_policy_loss, fused_linear_sega_loss, linear_token_stats
 from gem_kernels.linear import active_vocab
+from tests.kernels.helpers import room
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 V, D, N = 1501, 32, 160
-WORKSPACE = 4 * V * 64  # three chunks
+WORKSPACE = room(V, 64)  # three chunks
 
 
 def problem(peaked: bool = True, dtype=torch.float32, bias=None, seed=0):
@@ -153,7 +154,7 @@ def test_columns_of_targets_and_of_entropy_are_kept():
     assert 7 in active_vocab.active_columns(gradient, targets, weights, 0.5).tolist()
     # Their dWeight is exact.
     targets = V - 1 - torch.arange(N) % 50
-    _, _, grad = run(hidden, weight, bias, targets, a, active_vocab=2**-5, workspace_bytes=4 * V * N)
+    _, _, grad = run(hidden, weight, bias, targets, a, active_vocab=2**-5, workspace_bytes=room(V, N))
     exact = truth(hidden, weight, bias, targets, a)[1]
     assert error(grad[V - 50 :], exact[V - 50 :]) < 1e-5
     assert error(grad, exact) > 1e-5
@@ -177,7 +178,7 @@ def test_rows_without_weight_keep_no_columns():
     some[N // 2 :] = 0
     targets[N // 2 :] = targets[0]
     share = [
-        float(run(hidden, weight, bias, targets, w, active_vocab=2**-10, workspace_bytes=4 * V * N)[0].active_share)
+        float(run(hidden, weight, bias, targets, w, active_vocab=2**-10, workspace_bytes=room(V, N))[0].active_share)
         for w in (a, some)
     ]
     assert share[1] < share[0]
@@ -214,7 +215,7 @@ def test_not_a_number_goes_where_it_would():
     assert grad[5].isnan().all() and grad[:5].isfinite().all() and grad[6:].isfinite().all()
 
 
-@pytest.mark.parametrize("workspace_bytes", (WORKSPACE, 4 * V * N))
+@pytest.mark.parametrize("workspace_bytes", (WORKSPACE, room(V, N)))
 def test_sega_both_paths(workspace_bytes):
     hidden, weight, _, targets, _ = problem()
     batch = {

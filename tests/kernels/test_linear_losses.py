@@ -24,6 +24,7 @@ from tests.kernels.helpers import (
     paths,
     policy,
     problem,
+    room,
     sequences,
 )
 
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 # V = 203, float32: all rows, one group but not two, five rows, one row.
-WORKSPACES = {"all rows": 1 << 20, "one group": 203 * 4 * 45, "five rows": 203 * 4 * 5, "one row": 1}
+WORKSPACES = {"all rows": 1 << 20, "one group": room(203, 45), "five rows": room(203, 5), "one row": 1}
 GIVEN = torch.tensor([-2.0, 0.5, 1.0, 3.0, -1.0, 0.25])
 
 
@@ -213,7 +214,7 @@ def grpo_inputs(p, logprobs) -> dict:
 
 
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
-@pytest.mark.parametrize("workspace_bytes", [1 << 20, 257 * 4 * 6, 1], ids=["whole", "six rows", "one row"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, room(257, 6), 1], ids=["whole", "six rows", "one row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grpo_with_clipping_kl_and_entropy_bonus(dtype, workspace_bytes, backend, device):
     needs_backend(backend, device)
@@ -264,7 +265,7 @@ def test_token_inputs_follow_their_rows(device):
             p.targets,
             token_loss,
             token_inputs={"index": index, "pair": pair},
-            workspace_bytes=257 * 4 * rows,
+            workspace_bytes=room(257, rows),
         )
         expected = index.view(-1)[kept] if device.type == "cpu" else index.view(-1)
         assert torch.equal(torch.cat(seen), expected)
@@ -317,7 +318,7 @@ def test_the_upstream_scalar_is_applied(path, dtype, device):
     for scale in (1.0, 2.0, 1 / 3, 2.0**17):
         leaves = p.leaves()
         # The loss is made small, so that the scaled gradient is within range again.
-        loss = paths(p, leaves, 257 * dtype.itemsize * 5)[path]()
+        loss = paths(p, leaves, room(257, 5, dtype))[path]()
         small = 2.0**-14 if scale == 2.0**17 else 1.0
         (loss * scale * small).backward()
         grads.append({name: leaf.grad.double() / (scale * small) for name, leaf in leaves.items()})
@@ -345,7 +346,7 @@ def test_a_loss_scale_beyond_float16(device):
 @pytest.mark.parametrize("path", LOSSES)
 def test_a_second_backward_is_refused(path, device):
     p = problem(12, device=device, ignored=0.0)
-    loss = paths(p, p.leaves(), 257 * 4 * 5)[path]()
+    loss = paths(p, p.leaves(), room(257, 5))[path]()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by its first backward"):
         loss.backward()
@@ -355,7 +356,7 @@ def test_a_second_backward_is_refused(path, device):
 def test_gradients_add_to_those_already_there(path, device):
     p = problem(12, device=device, ignored=0.0)
     leaves = p.leaves()
-    run = paths(p, leaves, 257 * 4 * 5)[path]
+    run = paths(p, leaves, room(257, 5))[path]
     run().backward()
     once = {name: leaf.grad.clone() for name, leaf in leaves.items()}
     (run() + run()).backward()
@@ -372,7 +373,7 @@ def test_ignored_rows_may_hold_nan_in_losses(backend, path, device):
     for filler in (0.0, torch.nan):
         p.hidden[p.targets == IGNORE] = filler
         leaves = p.leaves()
-        loss = paths(p, leaves | {"backend": backend}, 257 * 4 * 5)[path]()
+        loss = paths(p, leaves | {"backend": backend}, room(257, 5))[path]()
         results.append(gradients(loss, leaves))
     assert (p.targets == IGNORE).any()
     for name, value in results[0].items():
@@ -383,7 +384,7 @@ def test_ignored_rows_may_hold_nan_in_losses(backend, path, device):
 def test_all_rows_ignored(path, device):
     p = problem(12, ignored=2.0, device=device)
     leaves = p.leaves()
-    workspace_bytes = 257 * 4 * 5
+    workspace_bytes = room(257, 5)
     span = {"cu_seqlens": SPAN["cu_seqlens"].new_tensor([0, 4, 12]).to(device)}
     span |= {"answer_start": torch.tensor([1, 2], device=device), "group_size": 2}
     if path == "policy":

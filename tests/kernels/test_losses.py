@@ -247,7 +247,7 @@ def test_a_step_against_its_gradient_raises_what_it_should(device):
     assert ((moved * out.advantages) > 0).all()
 
 
-@pytest.mark.parametrize("path", ["logits", "reference", "one_shot", "two_phase"])
+@pytest.mark.parametrize("path", ["logits", "reference", "one_shot", "two_phase", "frozen"])
 def test_an_impossible_target_without_weight_counts_for_nothing(path, device):
     """0 * -inf: a masked word (bias or logit of -inf) as the target of an invalid sequence must not make a NaN."""
     hidden = torch.randn(2, 3, 4, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -261,16 +261,17 @@ def test_an_impossible_target_without_weight_counts_for_nothing(path, device):
         "valid": torch.tensor([True, False], device=device),
         "advantages": torch.tensor([2.0, 5.0], device=device),
     }
-    if path in ("one_shot", "two_phase"):
-        if path == "two_phase":  # the advantages are the group's own, and the group of two does not fit the workspace
+    if path in ("one_shot", "two_phase", "frozen"):
+        if path != "one_shot":  # the advantages are the group's own, and the group of two does not fit the workspace
             options = {**options, "advantages": None, "answer_start": torch.ones(2, dtype=torch.int64, device=device)}
             options |= {"group_size": 2, "workspace_bytes": 1, "valid": torch.tensor([True, False], device=device)}
+        weight.requires_grad_(path != "frozen")
         out = gem_kernels.fused_linear_sega_loss(hidden, weight, targets, bias=bias, **options)
-        assert out.path == path
+        assert out.path == ("two_phase" if path == "two_phase" else "one_shot")
     else:
         function = sega_loss if path == "logits" else reference.sega_loss
         out = function(hidden @ weight.t() + bias, targets, **options)
-    truth = 0.0 if path == "two_phase" else -2.0 * float(out.logprobs[0].sum())
+    truth = 0.0 if path in ("two_phase", "frozen") else -2.0 * float(out.logprobs[0].sum())
     assert bool(out.logprobs[1, :2].isneginf().all())
     assert out.loss.item() == pytest.approx(truth, rel=1e-5)
     out.loss.backward()

@@ -19,11 +19,11 @@ from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
-from tests.kernels.helpers import assert_near
+from tests.kernels.helpers import assert_near, room
 from tests.processes import run_ranks
 
 WORLD = 4
-KINDS = ("stats", "score", "policy", "sega_one_shot", "sega_two_phase")
+KINDS = ("stats", "score", "policy", "sega_one_shot", "sega_two_phase", "sega_frozen")
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 B, T, V, D = 4, 6, 67, 12
 CHUNK = 5  # rows; of the largest shard
@@ -99,6 +99,9 @@ def run(kind: str, p: dict, rows: int = 10_000, backward: bool = True, **more) -
     """One call and its gradients. `rows` bounds the chunk."""
     leaves = [None if x is None else x.clone().requires_grad_() for x in (p["hidden"], p["weight"], p["bias"])]
     hidden, weight, bias = leaves
+    if kind == "sega_frozen":
+        for x in leaves[1:]:
+            _ = x is None or x.requires_grad_(False)
     options = {"bias": bias, "workspace_bytes": rows, **p["options"], **more}
     spans = {"completion_mask": p["mask"], "answer_start": torch.tensor([2, 3, 1, 9]), "group_size": 2}
     if kind == "stats":
@@ -110,21 +113,25 @@ def run(kind: str, p: dict, rows: int = 10_000, backward: bool = True, **more) -
         out = gk.fused_linear_policy_loss(hidden, weight, p["targets"], policy, token_inputs=inputs, **options)
     else:
         out = gk.fused_linear_sega_loss(hidden, weight, p["targets"], **spans, **options)
-        assert out.path == kind.removeprefix("sega_"), out.path
+        assert out.path == {"sega_two_phase": "two_phase"}.get(kind, "one_shot"), out.path
     result = {k: v.detach() for k, v in vars(out).items() if isinstance(v, torch.Tensor)}
     if backward:
         if hasattr(out, "loss"):
             (3.0 * out.loss).backward()
         else:
             torch.autograd.backward([out.logprobs, out.entropy], list(p["grads"]))
-        result |= {f"grad_{n}": x.grad for n, x in zip(("hidden", "weight", "bias"), leaves) if x is not None}
+        result |= {
+            f"grad_{n}": x.grad
+            for n, x in zip(("hidden", "weight", "bias"), leaves)
+            if x is not None and x.requires_grad
+        }
     return result
 
 
 def workspace(kind: str, p: dict, largest: int) -> int:
     """For chunks of CHUNK rows, or of all rows where a chunk must hold a group."""
     rows = 2 * T if kind == "sega_one_shot" else CHUNK
-    return rows * largest * p["weight"].element_size()
+    return room(largest, rows, p["weight"].dtype)
 
 
 def shard(p: dict, sizes: list[int], rank: int) -> dict:
@@ -308,12 +315,14 @@ def test_collectives(ranks, k, kind):
     calls = ranks[0]["calls", k, "uneven", kind, "bfloat16"]
     same, given = ranks[0]["given", k, "uneven", kind, "bfloat16"]
     assert same
-    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 10 and calls[1:] == given
+    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 11 and calls[1:] == given
     rows = B * T if kind in ("stats", "policy") else int(problem("uneven")["mask"].sum())
     chunks = [10, 11] if kind == "sega_one_shot" else [CHUNK] * (rows // CHUNK) + [rows % CHUNK]
+    if kind == "sega_frozen":  # of each group, what is over first
+        chunks = [n for rows in (10, 11) for n in [rows % CHUNK] * (rows % CHUNK > 0) + [CHUNK] * (rows // CHUNK)]
     gathers = [("gather", torch.float32, 4 * n) for n in chunks]
     sums = [("reduce", torch.float32, n * D) for n in chunks]
-    if kind in ("policy", "sega_one_shot"):
+    if kind in ("policy", "sega_one_shot", "sega_frozen"):
         assert given == [x for pair in zip(gathers, sums) for x in pair]
     else:
         assert given == gathers + sums
