@@ -112,20 +112,20 @@ class Storm:
 
     def inject(self, fault: str, name: str, run: str) -> str:
         """Returns the name of the run, which may have changed."""
-        run_dir, draw = self.folder / "disk" / run, self.random
-        moment = draw.uniform(0, 0.9 * self.seconds[name])
+        run_dir = self.folder / "disk" / run
         if fault in ("kill", "signal", "signal twice"):
             fork = self.begin_or_resume(name, run)
-            self.strike(fork, fault, moment)
+            self.wait_for_a_moment(fork, name, run_dir)
+            self.strike(fork, fault)
         elif fault == "full disk":
-            self.fill(name, run, moment)
+            self.fill(name, run, run_dir)
         elif fault == "damage":
             self.damage(name, run, run_dir)
         elif fault == "race":
-            self.race(name, run, moment)
+            self.race(name, run, run_dir)
         elif fault == "move":
             if not run_dir.is_dir():
-                self.strike(self.begin_or_resume(name, run), "kill", moment)
+                self.kill(name, run, run_dir)
             if run_dir.is_dir():
                 run = f"{run}-moved"
                 run_dir.rename(self.folder / "disk" / run)
@@ -134,10 +134,23 @@ class Storm:
         self.counts[fault] += 1
         return run
 
-    def strike(self, fork: processes.Fork, fault: str, moment: float) -> None:
-        end = time.monotonic() + moment
-        while fork.returncode is None and time.monotonic() < end:
-            time.sleep(0.005)
+    def wait_for_a_moment(self, fork: processes.Fork, name: str, run_dir: Path) -> None:
+        """Anywhere in its life: one time in four by the clock, else by the lines it has written."""
+        by_clock, last = self.random.random() < 0.25, len(rows(self.unbroken(name) / "metrics.jsonl"))
+        moment, line = self.random.uniform(0, self.seconds[name]), self.random.randrange(last)
+        begin, metrics = time.monotonic(), run_dir / "metrics.jsonl"
+        while fork.returncode is None and time.monotonic() - begin < (moment if by_clock else 60):
+            if not by_clock and metrics.exists() and metrics.read_bytes().count(b"\n") > line:
+                break
+            time.sleep(0.002)
+        time.sleep(self.random.uniform(0, 0.1))  # a step takes less
+
+    def kill(self, name: str, run: str, run_dir: Path) -> None:
+        fork = self.begin_or_resume(name, run)
+        self.wait_for_a_moment(fork, name, run_dir)
+        self.strike(fork, "kill")
+
+    def strike(self, fork: processes.Fork, fault: str) -> None:
         if fault == "kill":
             fork.kill()
             self.end(fork, (signal.SIGKILL,))
@@ -153,14 +166,12 @@ class Storm:
         if code > 128 and code != 128 + number:
             raise Wrong(f"{signal.Signals(number).name} ended with {code}")
 
-    def fill(self, name: str, run: str, moment: float) -> None:
+    def fill(self, name: str, run: str, run_dir: Path) -> None:
         if not self.mounted:
             fork = self.begin_or_resume(name, run, most_bytes=int(10 ** self.random.uniform(2, 6)))
         else:
             fork = self.begin_or_resume(name, run)
-            end = time.monotonic() + moment / 2
-            while fork.returncode is None and time.monotonic() < end:
-                time.sleep(0.005)
+            self.wait_for_a_moment(fork, name, run_dir)
             used = shutil.disk_usage(self.folder / "disk").used
             self.remount(f"size={used // 1024 + 4 + int(10 ** self.random.uniform(0, 3))}k")
         code = self.end(fork)
@@ -171,8 +182,9 @@ class Storm:
         self.counts["of those ended by the full disk"] += code == 2
 
     def damage(self, name: str, run: str, run_dir: Path) -> None:
-        if not states.checkpoints(run_dir):
-            self.strike(self.begin_or_resume(name, run), "kill", self.seconds[name])
+        for _ in range(3):
+            if not states.checkpoints(run_dir):
+                self.kill(name, run, run_dir)
         found = states.checkpoints(run_dir)
         if not found or (run_dir / "model").is_dir():
             return
@@ -196,13 +208,15 @@ class Storm:
             raise Wrong(f"a damaged checkpoint beside {len(found) - 1} whole ones ended with:\n{fork.output}")
         self.counts["of those noticed"] += 1
 
-    def race(self, name: str, run: str, moment: float) -> None:
+    def race(self, name: str, run: str, run_dir: Path) -> None:
         """Two at once: one of them goes on, to its end or until it is killed; the other is told."""
         both = [self.begin_or_resume(name, run)]
         time.sleep(self.random.choice((0.0, self.random.uniform(0, 0.5))))
-        both.append(self.start(name, run, *(["--resume"] if states.checkpoints(self.folder / "disk" / run) else [])))
+        both.append(self.start(name, run, *(["--resume"] if states.checkpoints(run_dir) else [])))
         if self.random.random() < 0.5:
-            self.strike(both[self.random.randrange(2)], "kill", moment)
+            struck = both[self.random.randrange(2)]
+            self.wait_for_a_moment(struck, name, run_dir)
+            self.strike(struck, "kill")
         codes = [self.end(fork, (signal.SIGKILL,)) for fork in both]
         for fork, code in zip(both, codes):
             words = ("another process is training", "is not empty", "is complete", "no checkpoint", "no run in")
@@ -215,7 +229,7 @@ class Storm:
     def read_only(self, name: str, run: str, run_dir: Path) -> None:
         if not self.mounted:
             return
-        self.strike(self.begin_or_resume(name, run), "kill", self.random.uniform(0, self.seconds[name]))
+        self.kill(name, run, run_dir)
         self.remount("ro")
         fork = self.start(name, run, *(["--resume"] if run_dir.is_dir() else []))
         code = self.end(fork)
