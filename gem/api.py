@@ -28,11 +28,12 @@ from gem.data.pairs import answers_from_row
 from gem.data.sources import GivenRows, Row, Source
 from gem.errors import UserError
 from gem.evaluation.evaluate import Evaluation
-from gem.files import remove_directory, write_directory
+from gem.files import path_of, remove_directory, write_directory
 from gem.loop import TrainResult
 from gem.model.load import save_pretrained
 from gem.model.opened import ModelLike, OpenedModel, model_name, open_model
 from gem.parallel import processes
+from gem.terminal.console import make_console
 from gem.use import evaluate as evaluating
 from gem.use import generate as generating
 from gem.use.calibrate import calibrate_data
@@ -81,7 +82,7 @@ def train(
     for key, instead in (("train_file", "pairs"), ("eval_file", "held_out")):
         if key in settings:
             raise UserError(f"{key}: give it as {instead}")
-    root = Path(output_dir).expanduser()
+    root = path_of(output_dir, "output_dir")
     beside = {name: root.with_name(f"{root.name}.{name}") for name in ("pairs.jsonl", "held_out.jsonl", "start")}
     values: dict[str, Any] = {"train_file": _given(pairs, "pairs"), "eval_file": None}
     if held_out is not None:
@@ -101,7 +102,7 @@ def train(
             made += [path for path, text in texts.items() if _write_beside(path, text)]
             if opened is not None and _save_beside(beside["start"], opened, resume):
                 made.append(beside["start"])
-            return loop.train(config, Console(quiet=not verbose), resume=resume)
+            return loop.train(config, make_console(quiet=not verbose), resume=resume)
         except BaseException:
             if not root.exists():  # no run has begun that would need them
                 for path in made:
@@ -256,7 +257,7 @@ def _as_it_was(*models: ModelLike | None) -> Iterator[None]:
 
 
 def _console(verbose: bool) -> Console:
-    return Console(stderr=True, quiet=not verbose)
+    return make_console(stderr=True, quiet=not verbose)
 
 
 def _given(rows: RowsLike, name: str) -> Source:

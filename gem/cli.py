@@ -1,4 +1,4 @@
-"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
+"""The command line; `gem --help` lists its commands.
 
 A user's mistake exits with 2.
 """
@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gem.config.read import commented_config, load_config
 from gem.config.section import CHOICES
@@ -25,6 +24,8 @@ from gem.errors import Interrupted, UserError
 from gem.files import write_lines
 from gem.interrupt import end_with_a_line
 from gem.model.source import find_model
+from gem.terminal.console import make_console, set_level
+from gem.terminal.ending import complain, one_line_endings, writes_unicode
 
 # A command that has a setting as a flag has its default too.
 DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
@@ -34,7 +35,7 @@ SPAN = ",".join(DEFAULT.answer_span)
 app = typer.Typer(
     help="Few-shot alignment of language models by their own token entropies.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,  # --install-completion: of the shell that it is called from
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},  # of every command
@@ -74,6 +75,10 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error; anywhere in the line.")] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error; anywhere in the line.")
+    ] = "info",
 ) -> None:
     pass
 
@@ -99,7 +104,7 @@ def train_command(
     from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
-    console = Console()
+    console = make_console()
     try:
         result = train(settings, console, resume=resume)
         if is_main():
@@ -167,13 +172,13 @@ def calibrate_command(
     from gem.use.calibrate import calibrate_data
 
     feature_columns(names)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
     page = write_report(out, out.with_suffix(".html"))
     for name, path in (("Score", out), ("Page", page)):
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
-    Console().print(score_report(score), highlight=False)
+    make_console(result=True).print(score_report(score), highlight=False)
 
 
 @app.command("score")
@@ -226,7 +231,7 @@ def score_command(
     _check_places(model, data)
     from gem.use.score import score_data
 
-    _write_rows(score_data(model, data, settings, score, Console(stderr=True)), out)
+    _write_rows(score_data(model, data, settings, score, make_console(stderr=True)), out)
 
 
 @app.command("generate")
@@ -265,7 +270,7 @@ def generate_command(
     _check_places(model)
     from gem.use.generate import generate, print_answers, read_prompt
 
-    rows = generate(model, read_prompt(prompt), settings, score, Console(stderr=True))
+    rows = generate(model, read_prompt(prompt), settings, score, make_console(stderr=True))
     if out is not None:
         _write_rows(rows, out)
     print_answers(rows, tokens)
@@ -274,7 +279,7 @@ def generate_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    data: Source,
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="As of gem score; each has its own table.")],
     reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
     beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
@@ -318,17 +323,75 @@ def evaluate_command(
         chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
         overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, data)
+    _check_places(model, *data)
     if reference is not None:
         _check_places(reference)
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.use.evaluate import evaluate_data
+    from gem.use.evaluate import evaluate_sources
 
-    result = evaluate_data(model, data, settings, reference, Console(stderr=True))
+    results = evaluate_sources(model, data, settings, reference, make_console(stderr=True))
     if as_json:
-        print(json.dumps(evaluation_metrics(result)))
-    else:
-        Console().print(evaluation_table({"value": result}))
+        rows = {name: evaluation_metrics(result) for name, result in results.items()}
+        print(json.dumps(rows if len(rows) > 1 else rows[data[0]]))
+        return
+    console = make_console(result=True)
+    for name, result in results.items():
+        if len(results) > 1:
+            console.print(name, highlight=False, soft_wrap=True)
+        console.print(evaluation_table({"value": result}))
+
+
+@app.command("chat")
+def chat_command(
+    model: Model,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0: the likeliest token.")] = 0.0,
+    system_prompt: System = "",
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Talk with a model: a question a line, until the input ends or /quit; /new forgets what was said."""
+    from gem.config.use import GenerateSettings
+
+    settings = GenerateSettings(
+        max_completion_length=max_completion_length, temperature=temperature, system_prompt=system_prompt, seed=seed,
+        device=device,
+    )  # fmt: skip
+    _check_places(model)
+    from gem.use.chat import chat
+
+    chat(model, settings, make_console(stderr=True))
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory of a LoRA adapter, as RUN/model.")],
+    out: Annotated[Path, typer.Option(help="The new directory of the whole model.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Merge a LoRA adapter into its model: a directory that needs no peft."""
+    _check_out(out)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _check_places(adapter)
+    from gem.use.weights import merge_adapter
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {merge_adapter(adapter, out, dtype, console)}", highlight=False, soft_wrap=True)
+
+
+@app.command("push")
+def push_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's or an adapter's directory, as RUN/model.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, where it is new.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, with the key of hf auth login or HF_TOKEN."""
+    _check_places(model)
+    from gem.use.weights import push_model
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {push_model(model, repo, private, console)}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -339,7 +402,7 @@ def report_command(
     """Show a run, scored completions or a calibrated score as one HTML page that needs nothing else."""
     from gem.report.page import write_report
 
-    Console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
+    make_console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("config")
@@ -369,7 +432,7 @@ def arithmetic_command(
         write_jsonl(out, rows)
     except OSError as error:
         raise UserError(f"--out: cannot write {out}: {error.strerror}") from error
-    Console(stderr=True).print(f"{len(rows)} pairs in {out}", highlight=False)
+    make_console(stderr=True).print(f"{len(rows)} pairs in {out}", highlight=False)
 
 
 @app.command("demo")
@@ -381,21 +444,46 @@ def demo_command(
     """Align a real model by its own entropy, on this machine, in minutes; ends with a table of what happened."""
     from gem.demo.run import run_demo
 
-    run_demo(model, output_dir, seed, Console())
+    run_demo(model, output_dir, seed, make_console())
 
 
 def main() -> None:
     """The `gem` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments, debug = _global_options(sys.argv[1:])
+    with one_line_endings(debug):
+        try:
+            with end_with_a_line():
+                app(arguments, prog_name="gem")
+        except Interrupted as stop:
+            complain(str(stop))
+            sys.exit(stop.exit_code)
+
+
+def _global_options(arguments: list[str]) -> tuple[list[str], bool]:
+    """(the arguments without --debug and --log-level LEVEL, which may stand anywhere before "--", is it --debug)."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    mine, rest, debug = arguments[:end], arguments[end:], False
+    set_level("info")
+    kept: list[str] = []
+    while mine:
+        word = mine.pop(0)
+        name, has_value, value = word.partition("=")
+        if word == "--debug":
+            debug = True
+        elif name == "--log-level":
+            _set_log_level(value if has_value else mine.pop(0) if mine else "")
+        else:
+            kept.append(word)
+    return [*kept, *rest], debug
+
+
+def _set_log_level(level: str) -> None:
     try:
-        with end_with_a_line():
-            app()
+        set_level(level)
     except UserError as error:
-        print(f"gem: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(2)
-    except Interrupted as stop:
-        print(f"gem: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
 
 
 def _check_out(out: Path | None) -> None:
@@ -416,6 +504,6 @@ def _write_rows(rows, out: Path | None) -> None:
     """JSON lines to `out`, complete or not at all, or to standard output as they come."""
     if out is None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(row, ensure_ascii=not writes_unicode(sys.stdout)), flush=True)
         return
     write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "--out: cannot write")

@@ -29,6 +29,7 @@ from gem.run.session import RunState, Session, prepare
 from gem.run.stages import Stage, planned_stages
 from gem.run.tracking import completion_rows
 from gem.scoring.score import ScoredRollout
+from gem.terminal.console import make_console
 from gem_kernels import LinearScore
 
 # What a disk or its permissions say; other failures of the system are not the run's to explain.
@@ -55,7 +56,7 @@ def train(config: TrainConfig, console: Console | None = None, *, resume: bool =
     """
     clock = Clock()
     accelerator = processes.make_accelerator(config.device)
-    console = (console or Console()) if processes.is_main() else Console(quiet=True)
+    console = (console or make_console()) if processes.is_main() else Console(quiet=True)
     with places_named(Path(config.output_dir).expanduser()):
         session, state = prepare(config, accelerator, console, resume)
         clock.lap("loading")

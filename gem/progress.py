@@ -58,8 +58,8 @@ def progress(console: Console, what: str, total: int) -> Iterator[Bar]:
         counter.finish()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[words]}", markup=False),
     )  # fmt: skip
     with RichProgress(*columns, console=console) as bar:
         yield Bar(console, what, total, bar)

@@ -21,7 +21,7 @@ from .linear.sega_loss import fused_linear_sega_loss
 from .linear.stats import fused_linear_entropy_score, linear_token_stats
 from .logit_stats import token_stats
 from .losses import sega_loss
-from .scores import completion_features, entropy_scores, fused_entropy_score, group_advantages
+from .scores import completion_features, entropy_scores, fused_entropy_score, group_advantages, num_fork_tokens
 from .types import (
     CompletionFeatures,
     EntropyScoreOutput,
@@ -50,6 +50,7 @@ __all__ = [
     "fused_linear_sega_loss",
     "group_advantages",
     "linear_token_stats",
+    "num_fork_tokens",
     "sega_loss",
     "token_stats",
 ]

@@ -6,25 +6,46 @@ on the CPU only: on a GPU a look would wait for the device.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .types import FLOAT32_MAX
+
+FLOAT32_TINY = 2.0**-126
+"""The smallest number of float32 that has all digits."""
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "torch")
 GPU = ("cuda", "meta")
 """Device types that take a GPU's way. Meta tensors stand for a GPU where there is none: tests and
 `python -m bench.counts` count products, passes and allocations with them."""
 
 
-def not_compiled(function):
-    """torch.compile runs `function` eagerly. torch.compiler.disable does so too, but imports the compiler."""
-    function._torchdynamo_disable = True
-    return function
+def not_compiled(function: F) -> F:
+    """torch.compile runs `function`, and all that it calls, eagerly: one graph break in the caller.
+
+    That is torch.compiler.disable, which imports the compiler; so it waits for a call after someone else did.
+    """
+    disabled: Any = None
+
+    @functools.wraps(function)
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, eager)
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
@@ -81,15 +102,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf) -> None:
-    """A finite Python number, greater than `above`."""
-    try:
-        fine = (
-            not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > above
-        )
-    except OverflowError:  # an integer that is no float
-        fine = False
-    if not fine:
-        fail(name, "a finite number" + (f" above {above:g}" if above > -math.inf else ""), shown(value))
+    """A Python number that float32, in which kernels take it, has too; greater than `above`."""
+    fine = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not (fine and abs(value) <= FLOAT32_MAX and (value > above if above != 0.0 else value >= FLOAT32_TINY)):
+        bound = f" above {above:g}" if above > -math.inf else ""
+        fail(name, f"a finite number{bound}, within float32's range", shown(value))
 
 
 def check_count(name: str, value: Any) -> None:
@@ -128,6 +145,8 @@ def check_temperature(temperature: Any, shape: torch.Size, device: torch.device)
     """-> (the number, None) or (1.0, one float32 per row)."""
     if not isinstance(temperature, Tensor):
         check_number("temperature", temperature, above=0.0)
+        if torch.compiler.is_compiling():  # a number among an operator's arguments would be compiled in
+            return 1.0, (torch.ones(shape, dtype=torch.float32, device=device) * temperature).reshape(-1)
         return float(temperature), None
     if not temperature.is_floating_point():
         fail("temperature", "a float or a floating-point tensor", temperature.dtype)
@@ -169,17 +188,24 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def top_fraction(top_m: Any) -> tuple[int, int]:
-    """`top_m` as (numerator, denominator): m = numerator * n // denominator; denominator 0 for a count.
-
-    A float is taken as the decimal it is written as, so 0.29 of 100 is 29 everywhere (29/100 in binary is below 0.29).
-    """
+def check_top_m(top_m: Any) -> None:
     if isinstance(top_m, int) and not isinstance(top_m, bool):
         if not 1 <= top_m < 2**63:
             fail("top_m", "a share in (0, 1] (float) or a count of at least 1 and below 2**63 (int)", shown(top_m))
-        return top_m, 0
-    if not isinstance(top_m, float) or not 0.0 < top_m <= 1.0:
+    elif not isinstance(top_m, float) or not 0.0 < top_m <= 1.0:
         fail("top_m", "a share in (0, 1] (float) or a count of at least 1 (int)", repr(top_m))
+
+
+def top_fraction(top_m: Any) -> tuple[int, int]:
+    """`top_m` as (numerator, denominator): m = numerator * n // denominator; denominator 0 for a count.
+
+    The one place that says what a share is: the fraction nearest to the decimal it is written as, of those with a
+    denominator up to 10^9 (so numerator * n fits int64). 0.29 of 100 is 29, and 1/3 of 6 is 2, as binary fractions
+    below 0.29 and 1/3 would not give.
+    """
+    check_top_m(top_m)
+    if isinstance(top_m, int):
+        return top_m, 0
     share = Fraction(str(top_m)).limit_denominator(10**9)
     return max(share.numerator, 0), share.denominator
 

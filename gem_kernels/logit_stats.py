@@ -9,17 +9,25 @@ from torch import Tensor
 
 from . import arguments
 from .backends.rows import check_values, row_view, rows_backward, rows_forward
-from .backends.types import RowGradients, RowOptions
+from .backends.types import RowGradients, RowOptions, RowStats
 from .types import TokenStats
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
-    """Empty, with the strides of `logits` where that wastes no memory (loads and stores then align alike)."""
+    """Empty. Row by row it is off a 16-byte boundary by as much as `logits`, so that stores are as wide as loads.
+
+    Its rows are contiguous but for the few elements between them that this takes.
+    """
     view = row_view(logits)
-    extent = 1 + sum((n - 1) * s for n, s in zip(logits.shape, logits.stride()))
-    if view is not None and extent <= logits.numel() * 1.25:
-        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    align = 16 // logits.element_size()
+    base = logits.storage_offset() % align
+    if view is None or (logits.is_contiguous() and base == 0):
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    R1, R2, V = view.shape
+    inner = V + (view.stride(1) - V) % align
+    outer = R2 * inner + (view.stride(0) - R2 * inner) % align
+    memory = torch.empty(base + R1 * outer, dtype=logits.dtype, device=logits.device)
+    return memory.as_strided((R1, R2, V), (outer, inner, 1), base).view(logits.shape)
 
 
 # The operators, whose arguments are flat. Optional[...] is spelled out where torch.library infers the schema from it.
@@ -34,6 +42,10 @@ def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 
+def _four_vectors(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+
+
 @torch.library.custom_op("gem_kernels::row_stats", mutates_args=())
 def row_stats_op(
     logits: Tensor,
@@ -42,21 +54,19 @@ def row_stats_op(
     temperatures: Optional[Tensor],  # noqa: UP045
     softcap: Optional[float],  # noqa: UP045
     ignore_index: int,
-    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32."""
     options = RowOptions(temperature, temperatures, softcap, ignore_index, backend)
     check_values(targets, options, logits.shape[-1])
-    out = rows_forward(*_flat_rows(logits, targets), options)
-    # Four results of their own: an operator may not return views of one buffer.
-    logprobs, entropy, row_max, log_sum = (x.reshape(targets.shape).clone() for x in out)
+    # Four tensors of their own: an operator may not return views of one buffer.
+    logprobs, entropy, row_max, log_sum = _four_vectors(logits, targets)
+    out = RowStats(*(x.view(-1) for x in (logprobs, entropy, row_max, log_sum)))
+    rows_forward(*_flat_rows(logits, targets), options, out)
     return logprobs, entropy, row_max, log_sum
 
 
-@row_stats_op.register_fake
-def _(logits, targets, *args):
-    return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+row_stats_op.register_fake(_four_vectors)
 
 
 # The two backward operators take the same: a RowOptions and a RowGradients.
@@ -99,33 +109,116 @@ def row_stats_backward_inplace_op(logits, *after):
     _write_gradient(logits, logits, *after)
 
 
+# Autograd: the same two functions for the operator, as torch.compile traces it, and for a call without it. The latter
+# serves torch.func too, and refuses aloud what it cannot do: forward mode (it has no `jvp`) and second derivatives.
+
+NO_SECOND = "token_stats has no second derivative: its gradient is a constant of the graph (leave out create_graph)"
+
+
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, temperatures, softcap, ignore_index, inplace_backward, backend = inputs
+    logits, targets, temperature, temperatures, softcap, ignore_index, backend = inputs
     _, entropy, row_max, log_sum = output
     ctx.save_for_backward(logits, targets, temperatures, row_max, log_sum, entropy)
     ctx.numbers = (temperature, softcap, ignore_index, backend)
-    ctx.inplace_backward = inplace_backward
     ctx.mark_non_differentiable(row_max, log_sum)
 
 
-def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
-    logits, targets, temperatures, *stats = ctx.saved_tensors
+def _after_logits(ctx, grad_logprobs, grad_entropy):
+    """What a backward operator takes after the logits."""
+    _, targets, temperatures, *stats = ctx.saved_tensors
     temperature, softcap, ignore_index, backend = ctx.numbers
-    zeros = torch.zeros_like(stats[2])
-    a = zeros if grad_logprobs is None else grad_logprobs
-    b = zeros if grad_entropy is None else grad_entropy
-    after = (targets, temperature, temperatures, softcap, ignore_index, *stats, a, b, backend)
-    if ctx.inplace_backward and not torch.compiler.is_compiling():
-        with torch.no_grad():
-            row_stats_backward_inplace_op(logits, *after)
-        # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
-        grad = logits.detach()
-    else:
-        grad = row_stats_backward_op(logits, *after)
-    return grad, None, None, None, None, None, None, None
+    a, b = (torch.zeros_like(stats[2]) if g is None else g for g in (grad_logprobs, grad_entropy))
+    return (targets, temperature, temperatures, softcap, ignore_index, *stats, a, b, backend)
+
+
+class _RowStatsGradient(torch.autograd.Function):
+    """Only where a graph of the gradient is wanted: by create_graph, or by torch.func, which always asks for one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return row_stats_backward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(NO_SECOND)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    make = _RowStatsGradient.apply if eager else row_stats_backward_op
+    grad = make(ctx.saved_tensors[0], *_after_logits(ctx, grad_logprobs, grad_entropy))
+    return grad, None, None, None, None, None, None
 
 
 row_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _RowStats(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return row_stats_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, inputs, output)
+
+    backward = staticmethod(_backward)
+
+
+class _RowStatsInPlace(torch.autograd.Function):
+    """Of the slice of `memory`; backward writes over it, zeros the rest of `memory`, and returns that."""
+
+    @staticmethod
+    def forward(ctx, memory, where, *after):
+        out = row_stats_op(memory[where], *after)
+        ctx.set_materialize_grads(False)
+        ctx.where = where
+        _setup_context(ctx, (memory, *after), out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{NO_SECOND}, and inplace_backward can make no graph of it")
+        memory = ctx.saved_tensors[0]
+        row_stats_backward_inplace_op(memory[ctx.where], *_after_logits(ctx, grad_logprobs, grad_entropy))
+        for axis, part in enumerate(ctx.where):
+            memory.narrow(axis, 0, part.start).zero_()
+            memory.narrow(axis, part.stop, memory.shape[axis] - part.stop).zero_()
+        # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
+        return memory.detach(), None, None, None, None, None, None, None
+
+
+def _sliced_from(logits: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What `logits` is a slice of (`model(ids).logits[:, :-1]`), and where it lies in it; else itself, whole.
+
+    The gradient of a slice is a copy, among zeros, of the size of the whole tensor. Given straight to that tensor, it
+    can be written where its rows are. Hooks on `logits` want to see it, so then it goes the usual way.
+    """
+    whole = tuple(slice(0, n) for n in logits.shape)
+    memory, node = logits._base, logits.grad_fn
+    if memory is None or node is None or logits._backward_hooks or logits.retains_grad:
+        return logits, whole
+    source = memory.grad_fn
+    while node is not None and node is not source and node.name() == "SliceBackward0":
+        node = node.next_functions[0][0]
+    reached = node is source if source is not None else getattr(node, "variable", None) is memory
+    if not reached or memory.stride() != logits.stride() or not memory.is_contiguous():
+        return logits, whole
+    where, offset = [], logits.storage_offset() - memory.storage_offset()
+    for n, stride in zip(logits.shape, logits.stride()):
+        where.append(slice(offset // stride, offset // stride + n))
+        offset %= stride
+    return memory, tuple(where)
 
 
 def token_stats(
@@ -158,13 +251,16 @@ def token_stats(
         softcap: c of z <- c tanh(z / c) (Gemma 2), or None. Applied before the temperature; infinities pass.
         ignore_index: rows with this target are never read; their results and gradients are 0.
         inplace_backward: backward writes the gradient over `logits` and returns that memory: 0 bytes extra. A second
-            backward, or another user of `logits`, then gets autograd's error on modified tensors. Under torch.compile
-            a new tensor is written.
+            backward, or another user of `logits`, then gets autograd's error on modified tensors. Where `logits` is a
+            slice of another tensor, such as `model(ids).logits[:, :-1]`, all of that tensor is overwritten: with zeros
+            outside of the slice. Of a leaf, `.grad` is the leaf's own memory. Under torch.compile a new tensor is
+            written.
         backend: "auto" (Triton on a GPU; compiled C++ on a CPU, plain torch where no compiler is found), "triton"
             (or an error), "torch" (plain torch).
 
     Returns:
-        TokenStats(logprobs, entropy), shaped like `targets`, float32. Gradients flow through both to `logits`.
+        TokenStats(logprobs, entropy), shaped like `targets`, float32. Gradients flow through both to `logits`, in
+        torch.func.grad too; forward mode and second derivatives raise an error.
 
     Raises:
         ValueError: an argument is not as above. A target outside [0, V) raises on the CPU; on a GPU its row is NaN.
@@ -184,7 +280,11 @@ def token_stats(
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
     backend = arguments.check_backend(backend, logits.device)
-    logprobs, entropy, _, _ = row_stats_op(
-        logits, targets, number, temperatures, softcap, ignore_index, inplace_backward, backend
-    )
+    after = (targets, number, temperatures, softcap, ignore_index, backend)
+    if torch.compiler.is_compiling():
+        logprobs, entropy, _, _ = row_stats_op(logits, *after)
+    elif inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+        logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), *after)
+    else:
+        logprobs, entropy, _, _ = _RowStats.apply(logits, *after)
     return TokenStats(logprobs, entropy)

@@ -34,14 +34,22 @@ def _per_token(values: Tensor, targets: Tensor, completion_mask: Tensor | None, 
     return values[sequence.clamp(max=values.shape[0] - 1)]
 
 
+def _as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """[] float32, without a wait for the device."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value.float()
+    value = float(value)  # of a tensor on the host: a kernel's argument, where a copy to the device would wait for it
+    if torch.compiler.is_compiling():  # a product takes another number without another compilation
+        return torch.ones((), dtype=torch.float32, device=device) * value
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def sequence_weights(
     counts: Tensor, valid: Tensor, loss_type: str, max_completion_length: Any, denominator: float | Tensor | None
 ) -> Tensor:
     """c_i / Z, [B] float32; 0 for invalid sequences and where Z is 0."""
-    if isinstance(denominator, Tensor) and denominator.device == counts.device:
-        Z = denominator.float()
-    elif denominator is not None:  # on the host: a kernel's argument, where a copy to the device would wait for it
-        Z = torch.full((), float(denominator), dtype=torch.float32, device=counts.device)
+    if denominator is not None:
+        Z = _as_scalar(denominator, counts.device)
     elif loss_type == "token":
         Z = torch.where(valid, counts, 0.0).sum()
     elif loss_type == "constant":

@@ -7,12 +7,12 @@ Formulas: GEM (arXiv 2511.13007) Eq. 1 and 2; docs/math.md derives the gradients
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import top_fraction
 from .types import FEATURES, FLOOR, CompletionFeatures, EntropyScores, LinearScore, SegaOutput, TokenStats
 
 
@@ -59,8 +59,9 @@ def token_stats(
 
 
 def top_count(top_m: float | int, n: int) -> int:
-    """m: a count (int), or floor(top_m * n) with `top_m` taken as the decimal it is written as; in 1..n."""
-    m = top_m if isinstance(top_m, int) else int(Fraction(str(top_m)) * n)
+    """m: a count (int), or floor(top_m * n) with `top_m` the fraction that it stands for; in 1..n."""
+    numerator, denominator = top_fraction(top_m)
+    m = numerator * n // denominator if denominator else numerator
     return min(max(1, m), n)
 
 

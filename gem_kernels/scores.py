@@ -29,14 +29,15 @@ def span_scores_op(
     answer_start: Tensor,
     valid: Optional[Tensor],  # noqa: UP045
     weights: list[float],
-    top_numerator: int,
-    top_denominator: int,
+    top_share: float,
+    top_count: int,
     exclude: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, T] or [N] float32 -> features [9, B] float32 in the order of FEATURES, score [B] float32, valid [B] bool.
 
-    score = sum of weight * feature; without `logprobs` their features are 0.
+    score = sum of weight * feature; without `logprobs` their features are 0. `top_m` is top_count, or where that is 0
+    top_share.
     """
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         steps = cu_seqlens[1:] - cu_seqlens[:-1]
@@ -44,7 +45,7 @@ def span_scores_op(
             arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
     logprobs = None if logprobs is None else logprobs.contiguous()
     given = Completions(entropy.contiguous(), logprobs, completion_mask, cu_seqlens, answer_start, valid)
-    rule = ScoreRule(weights, top_numerator, top_denominator, exclude)
+    rule = ScoreRule(weights, *arguments.top_fraction(top_count or top_share), exclude)
     if backend != "triton":
         return cpu.span_scores(given, rule, compiled=backend == "cpu")
 
@@ -127,7 +128,8 @@ def _features_and_score(
         arguments.check_tensor("logprobs", logprobs, shape=entropy.shape, device=device)
     if spans.valid is not None:
         arguments.check_tensor("valid", spans.valid, shape=(B,), dtypes=(torch.bool,), device=device)
-    numerator, denominator = arguments.top_fraction(spans.top_m)
+    arguments.check_top_m(spans.top_m)
+    share, count = (spans.top_m, 0) if isinstance(spans.top_m, float) else (1.0, spans.top_m)
     arguments.check_choice("no_answer", spans.no_answer, NO_ANSWER)
     return span_scores_op(
         entropy.detach().float(),
@@ -137,8 +139,8 @@ def _features_and_score(
         spans.answer_start,
         spans.valid,
         list(weights),
-        numerator,
-        denominator,
+        share,
+        count,
         spans.no_answer == "exclude",
         arguments.check_backend(spans.backend, device),
     )
@@ -150,6 +152,9 @@ def completion_scores(
     """The paper's score, or where `score` is given that one, from both statistics. Checks all of its arguments."""
     weights = score_weights(score, fork_weight)
     features, values, ok = _features_and_score(entropy, None if score is None else logprobs, spans, weights)
+    if score is None and torch.compiler.is_compiling():
+        fork = torch.where(features[1] * 0.0 + fork_weight == 0.0, 0.0, features[1] * fork_weight)
+        values = torch.where(ok, fork - features[0], 0.0)
     return EntropyScores(values, features[0], features[1], ok)
 
 
@@ -157,12 +162,41 @@ def score_weights(score: LinearScore | None, fork_weight: float) -> tuple[float,
     """The weight of each of FEATURES, checked."""
     arguments.check_number("fork_weight", fork_weight)
     if score is None:
-        return (-1.0, float(fork_weight), *[0.0] * (len(FEATURES) - 2))
+        # Of a number that the operator took torch.compile would compile every value: `completion_scores` adds it up.
+        weight = 0.0 if torch.compiler.is_compiling() else float(fork_weight)
+        return (-1.0, weight, *[0.0] * (len(FEATURES) - 2))
     if not isinstance(score, LinearScore):
         arguments.fail("score", "a LinearScore, or None for the paper's score", type(score).__name__)
     if fork_weight != 1.0:
         arguments.fail("fork_weight", "left out where `score` is given (it has a weight of its own)", fork_weight)
     return score.coefficients
+
+
+def num_fork_tokens(num_reasoning: Tensor, top_m: float | int = 0.1) -> Tensor:
+    """m of `entropy_scores`: how many of n reasoning tokens the fork entropy is made of.
+
+        m = min(n, max(1, floor(top_m * n)))  of a share,      min(n, top_m)  of a count,      0 where n is 0
+
+    Args:
+        num_reasoning: n, int64 or int32, any shape; at most 2^31.
+        top_m: a float in (0, 1] is a share: the fraction nearest to the decimal it is written as, with a denominator
+            up to 10^9, so that 0.29 of 100 is 29 and 1/3 of 6 is 2. An int is a count.
+
+    Returns:
+        m, int64, shaped like `num_reasoning`.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Example:
+        >>> num_fork_tokens(torch.tensor([0, 5, 100]), 0.29)
+        tensor([ 0,  1, 29])
+    """
+    arguments.check_tensor("num_reasoning", num_reasoning, dtypes=(torch.int64, torch.int32))
+    numerator, denominator = arguments.top_fraction(top_m)
+    n = num_reasoning.long()
+    m = n * numerator // denominator if denominator else torch.full_like(n, numerator)
+    return torch.minimum(m.clamp(min=1), n)
 
 
 def entropy_scores(
@@ -194,7 +228,7 @@ def entropy_scores(
         answer_start: [B] integers, the answer's offset from the completion's first token. Negative, or not below the
             completion's length, means that no answer was found.
         fork_weight: lambda.
-        top_m: a float in (0, 1] is a share, taken as the decimal it is written as; an int is a count.
+        top_m: a float in (0, 1] is a share, an int a count; `num_fork_tokens` says which m they give.
         no_answer: "tail": the answer is then the last fifth, from 4 * length // 5 on; "exclude": it is invalid.
         valid: [B] bool; False leaves a sequence out (a truncated one, say).
         backend: as for `token_stats`. "torch" and the CPU go through the sequences one by one.
@@ -278,6 +312,10 @@ def group_advantages(
     arguments.check_number("eps", eps)
     backend = arguments.check_backend(backend, scores.device)
     scores = scores.detach().float().contiguous()
+    if scale == "group" and torch.compiler.is_compiling():  # as in `score_weights`
+        centred = group_advantages_op(scores, group_size, valid, mapping, "none", 0.0, backend).view(-1, group_size)
+        members = torch.ones_like(centred) if valid is None else valid.view(-1, group_size).float()
+        return cpu.over_deviation(centred, members.sum(1, keepdim=True), eps).reshape(-1)
     return group_advantages_op(scores, group_size, valid, mapping, scale, float(eps), backend)
 
 

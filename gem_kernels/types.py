@@ -5,7 +5,8 @@
     B  = P * G sequences   T  padded completion length
 
 Every floating-point output is float32, whatever the input. Entropies and log-probabilities are in nats.
-The types are pytrees, so they pass through torch.compile, torch.utils._pytree and functorch transforms.
+The types are pytrees, so they pass through torch.compile, torch.utils._pytree and torch.func. The functions of logits
+run in torch.func.grad; those of hidden states raise an error there.
 """
 
 from __future__ import annotations

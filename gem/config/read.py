@@ -10,9 +10,12 @@ from typing import Any
 
 import yaml
 
+from gem.config.plain_yaml import load_yaml
 from gem.config.section import choices_of
 from gem.config.settings import PRESETS, TrainConfig
 from gem.errors import UserError
+from gem.files import path_of
+from gem.terminal.text import short
 
 
 def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides: Any) -> TrainConfig:
@@ -28,8 +31,9 @@ def build_config(values: Mapping[str, Any]) -> TrainConfig:
 
     Keys that are not given take the preset's value, or else the default.
     """
-    values = {str(key): value for key, value in values.items()}
-    return TrainConfig(**{**PRESETS.get(str(values.get("preset")), {}), **values})
+    named = {key if isinstance(key, str) else short(key): value for key, value in values.items()}
+    preset = named.get("preset")
+    return TrainConfig(**{**PRESETS.get(preset if isinstance(preset, str) else "", {}), **named})
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or flag == "--":
-            raise UserError(f"flags: expected --key value, got {flag!r}")
+            raise UserError(f"flags: expected --key value, got {short(flag)}")
         key, has_value, text = flag[2:].partition("=")
         key = key.replace("-", "_")
         if not has_value:
@@ -58,7 +62,7 @@ def config_text(config: TrainConfig) -> str:
 def commented_config(preset: str = "paper") -> str:
     """Every setting with its default under `preset` and its meaning, as a YAML file to start from."""
     if preset not in PRESETS:
-        raise UserError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        raise UserError(f"--preset: expected one of {', '.join(PRESETS)}, got {short(preset)}")
     lines = ["# What is set here stands over the preset; lines left out take the preset's value."]
     for name, field in TrainConfig.model_fields.items():
         value = preset if name == "preset" else PRESETS[preset].get(name, field.default)
@@ -76,12 +80,13 @@ def commented_config(preset: str = "paper") -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    path = path_of(path, "config")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # of YAML, or of UTF-8
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -95,6 +100,6 @@ def _scalar(key: str, text: str) -> Any:
     if hint is str or choices_of(hint) or typing.get_origin(hint) is tuple:
         return text  # a string stays what was typed: no YAML reading of "no" or "1e3"
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except ValueError:
         return text

@@ -7,17 +7,20 @@ or from flags: an int or "1e-5" (a string in YAML 1.1) is a float, "a,b" is a li
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
 import typing
+import warnings
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import Self
 
+from gem.config.plain_yaml import load_yaml
 from gem.errors import UserError
+from gem.terminal.text import short
 
 # The words of the lists of names.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -28,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "answer_span": ("marker", "boxed", "answer_tag", "after_think", "last_sentence", "last_tokens:N", "regex:PATTERN"),
 }
+MOST = 10**18  # of whole numbers: what is larger fits no counter
 _LIMITS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than_equal": ("at most", "le"),
@@ -50,8 +54,8 @@ class Section(BaseModel):
         fields = type(self).model_fields
         for key in values:
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                raise UserError(f"config: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                near = difflib.get_close_matches(key[:100], fields, n=1)
+                raise UserError(f"config: unknown key {short(key)}" + (f"; did you mean {near[0]!r}?" if near else ""))
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -76,11 +80,13 @@ class Section(BaseModel):
             return _names(info.field_name, value)
         if value is False and "off" in choices_of(hint):
             return "off"
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"config: {info.field_name}: not UTF-8 text; write it again")
+        if type(value) is int and abs(value) >= MOST:
+            raise UserError(f"config: {info.field_name}: expected a number below 10^18, got {short(value)}")
         if float in kinds and isinstance(value, int | str) and type(value) not in (*kinds, bool):
-            try:
+            with contextlib.suppress(ValueError):
                 return float(value)
-            except ValueError:
-                pass
         return value
 
 
@@ -100,13 +106,13 @@ def _words(section: type[Section], error: Any) -> str:
     field = section.model_fields[key]
     if error["type"] in _LIMITS:
         words, name = _LIMITS[error["type"]]
-        return f"config: {key}: expected {words} {field.json_schema_extra['limits'][name]}, got {value}"
+        return f"config: {key}: expected {words} {field.json_schema_extra['limits'][name]}, got {short(value)}"
     if error["type"] == "finite_number":
-        return f"config: {key}: expected a finite number, got {value}"
+        return f"config: {key}: expected a finite number, got {short(value)}"
     if choices := choices_of(field.annotation):
-        return f"config: {key}: expected one of {', '.join(choices)}, got {value!r}"
+        return f"config: {key}: expected one of {', '.join(choices)}, got {short(value)}"
     names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds_of(field.annotation))
-    return f"config: {key}: expected {names}, got {value!r}"
+    return f"config: {key}: expected {names}, got {short(value)}"
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:
@@ -114,26 +120,30 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         if value.startswith("["):
             try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise UserError(f"config: {key}: not a list: {value!r}") from error
+                value = load_yaml(value)
+            except ValueError as error:
+                raise UserError(f"config: {key}: not a list: {short(value)}") from error
         else:
             parts = [value] if value.startswith("regex:") else value.split(",")
             value = [part.strip() for part in parts if part.strip()]
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
-        raise UserError(f"config: {key}: expected a list of {', '.join(CHOICES[key])}, got {value!r}")
+        raise UserError(f"config: {key}: expected a list of {', '.join(CHOICES[key])}, got {short(value)}")
     for part in value:
+        if any("\ud800" <= character <= "\udfff" for character in part):
+            raise UserError(f"config: {key}: not UTF-8 text; write it again")
         if not any(_is_choice(part, choice) for choice in CHOICES[key]):
-            raise UserError(f"config: {key}: expected {', '.join(CHOICES[key])}, got {part!r}")
+            raise UserError(f"config: {key}: expected {', '.join(CHOICES[key])}, got {short(part)}")
     return tuple(value)
 
 
 def _is_choice(part: str, choice: str) -> bool:
     if choice == "last_tokens:N":
-        return re.fullmatch(r"last_tokens:[1-9]\d*", part) is not None
+        return re.fullmatch(r"last_tokens:[1-9][0-9]{0,8}", part) is not None
     if choice == "regex:PATTERN":
         try:
-            return part.startswith("regex:") and bool(re.compile(part[len("regex:") :]).pattern)
-        except re.error as error:
-            raise UserError(f"config: answer_span: {part!r} is not a regular expression: {error}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what future versions of Python read in another way
+                return part.startswith("regex:") and bool(re.compile(part[len("regex:") :]).pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"config: answer_span: {short(part)} is not a regular expression: {error}") from error
     return part == choice

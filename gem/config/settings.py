@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from gem.config.section import Section, setting
 from gem.errors import UserError
+from gem.files import path_of
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step, one short step per line. "
@@ -27,7 +28,7 @@ DIRECT_SYSTEM_PROMPT = "Give no reasoning. Reply with 'Final Answer: ' followed 
 SCORE_FEATURES = ("final_entropy", "fork_entropy", "mean_logprob")
 
 # Settings that several sections need.
-Seed = Annotated[int, setting(0, "of data order, split and sampling", ge=0)]
+Seed = Annotated[int, setting(0, "of data order, split and sampling", ge=0, le=2**32 - 1)]
 MaxCompletionLength = Annotated[int, setting(256, "tokens", ge=1)]
 NoAnswer = Annotated[
     Literal["tail", "exclude"],
@@ -299,7 +300,9 @@ class OptimizerSettings(Section):
     weight_decay: float = setting(0.0, "of AdamW", ge=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", gt=0)
     warmup_steps: int = setting(0, "of each stage", ge=0)
-    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear falls to 0 over the stage")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "linear and cosine (half a period) fall to 0 over the stage"
+    )
     max_bad_steps: int = setting(3, "a non-finite gradient skips its step; so many in a row stop the run", ge=1)
     max_empty_steps: int = setting(
         3, "a step of whose candidates none counts (all cut off, say) is skipped; so many in a row stop the run", ge=1
@@ -359,6 +362,9 @@ class TrainConfig(
     @model_validator(mode="after")
     def _run_is_possible(self) -> Self:
         self.refuse_empty("model", "train_file", "output_dir")
+        for key in ("model", "train_file", "prompts_file", "eval_file", "output_dir", "score"):
+            if (name := getattr(self, key)) is not None:
+                path_of(name, f"config: {key}")
         if self.max_steps > 0 and self.objective != "dpo" and self.num_generations < 2:
             raise UserError(f"config: num_generations: expected at least 2 to compare, got {self.num_generations}")
         if self.guards == "lower_fork_weight" and self.score != "paper":
@@ -393,5 +399,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rejection_share": 0.5,
         "start_weight": 0.5,
         "learning_rate": 2e-5,
+        "lr_schedule": "linear",
     },
 }

@@ -9,6 +9,7 @@ false up to one token and true after it, and bisection finds that token in log2(
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +17,7 @@ from decimal import Decimal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gem.data.limits import time_limit
 from gem.errors import UserError
 
 
@@ -180,13 +182,16 @@ def _last_sentence(text: str) -> tuple[int, int] | None:
 
 def _regex_place(pattern: str) -> Callable[[str], tuple[int, int] | None]:
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what future versions of Python read in another way
+            compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"answer_span: regex:{pattern} is not a regular expression: {error}") from error
     group = 1 if compiled.groups else 0
 
     def place(text: str) -> tuple[int, int] | None:
-        matches = [match.span(group) for match in compiled.finditer(text) if match.group(group)]
+        with time_limit(f"answer_span: regex:{pattern}: on one answer it"):
+            matches = [match.span(group) for match in compiled.finditer(text) if match.group(group)]
         return _inner(text, *matches[-1]) if matches else None
 
     return place

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from gem.config.settings import DIRECT_SYSTEM_PROMPT, TextSettings
 from gem.data.answers import AnswerFinder, answer_finders
+from gem.data.limits import time_limit
 from gem.errors import UserError
 
 # (role, content) of each message. A prompt is one question or the messages of a chat up to the answer.
 Conversation = tuple[tuple[str, str], ...]
 Prompt = str | Conversation
 ROLES = ("system", "user", "assistant", "tool")
+
+
+class PromptError(UserError):
+    """The model's chat template does not take a prompt; the message has no place, which the row's reader knows."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **arguments: Any) -> str:
+    """The messages by the chat template. A template is a program of the model's maker: it may raise, or never end."""
+    try:
+        with time_limit("the chat template"):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"model: its chat template ({template_file(tokenizer)}) has an error of syntax in line {error.lineno}: "
+            f"{_words(error)}; correct it, or remove it for a plain format"
+        ) from error
+    except (RecursionError, MemoryError) as error:
+        raise PromptError(f"the model's chat template failed: {type(error).__name__}") from error
+    except UserError as error:  # the time limit
+        raise PromptError(f"{error}; correct {template_file(tokenizer)}") from error
+    except Exception as error:  # what a program of others raises
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise PromptError(
+            f"the model's chat template does not take it (messages of {roles}): {_words(error)}; correct the messages"
+        ) from error
+
+
+def template_file(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the chat template stands, as far as it is known."""
+    folder = Path(str(tokenizer.name_or_path or "."))
+    found = next((n for n in ("chat_template.jinja", "tokenizer_config.json") if (folder / n).is_file()), None)
+    return str(folder / found) if found else "of the tokenizer"
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -53,7 +94,7 @@ class TextFormat:
     def _render(self, messages: Conversation) -> str:
         try:
             return self._template(messages)
-        except Exception:
+        except PromptError:
             # Some templates (Gemma's) raise on a system message: its text then opens the question.
             if len(messages) < 2 or messages[0][0] != "system":
                 raise
@@ -62,7 +103,7 @@ class TextFormat:
 
     def _template(self, messages: Conversation) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return render(self.tokenizer, chat, add_generation_prompt=True)
 
 
 def _plain_chat(messages: Conversation) -> str:
@@ -100,6 +141,9 @@ def _template_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     answer = "GEM ANSWER"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+    try:
+        after = render(tokenizer, messages).rpartition(answer)[2]
+    except PromptError as error:
+        raise UserError(f"model: {template_file(tokenizer)}: one question and its answer: {error}") from error
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((t for t in tokenizer.encode(after, add_special_tokens=False) if t in special), None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,12 @@ from typing import Any, Literal
 
 from gem.config.settings import RowSettings
 from gem.errors import UserError
+from gem.files import path_of
 
 # A report lists so many rows in full; of more it says how many.
 _MAX_LISTED = 50
 # What ends like these is a file, never the id of a dataset on the hub.
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_SUFFIXES = (".gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,19 @@ class RowReport:
 
 
 def read_rows(source: Source, split: str = "train") -> list[Row]:
-    """Every row of a file (JSONL, JSON, CSV, TSV, Parquet), of a `save_to_disk` directory, of a dataset on the hub, or
-    of those given.
+    """Every row of a file (JSONL, JSON, CSV, TSV, each also as .gz; Parquet), of a `save_to_disk` directory, of a
+    dataset on the hub, or of those given.
 
     A file has no split. A hub id may name a configuration ("openai/gsm8k:main"), `split` may be a slice
     ("test[:100]"). Raises `UserError` where the source as a whole cannot be read.
     """
     if isinstance(source, GivenRows):
         return [Row(f"{source} row {i}", _object(row)) for i, row in enumerate(source.rows)]
-    path = Path(source).expanduser()
+    path = path_of(source, "data")
     if path.is_file():
         readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
-        return readers.get(path.suffix.lower(), _read_json_lines)(path)
+        suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+        return readers.get(suffix.lower(), _read_json_lines)(path)
     if path.is_dir():
         return _saved_dataset(path, split)
     check_source(source)
@@ -112,7 +116,7 @@ def check_source(source: Source) -> None:
     """Raises where `source` names a file or directory that is not there. Reads nothing, asks no hub."""
     if isinstance(source, GivenRows):
         return
-    path = Path(source).expanduser()
+    path = path_of(source, "data")
     named = path.is_absolute() or path.suffix.lower() in _SUFFIXES or str(source).startswith((".", "~"))
     if named and not path.exists():
         raise UserError(f"{source}: cannot read it: no such file or directory")
@@ -120,7 +124,12 @@ def check_source(source: Source) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path) as file:
+                return file.read()
         return path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a whole gzip file: {_one_line(error)}; compress it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
@@ -141,6 +150,8 @@ def _read_json(path: Path) -> list[Row]:
         raise UserError(f"{path}: not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({_why_not_json(error)})") from error
     return [Row(f"{path} row {i}", _object(row)) for i, row in enumerate(rows)]
 
 
@@ -150,7 +161,7 @@ def _read_csv(path: Path) -> list[Row]:
         text = _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: save the file as UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if ".tsv" in path.name.lower()[-7:] else ",")
     rows = []
     try:
         for values in reader:
@@ -219,8 +230,13 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         return "not UTF-8: save the file as UTF-8"
     except json.JSONDecodeError as error:
         return f"not valid JSON ({error.msg} at column {error.colno}): write one complete JSON object per line"
-    except RecursionError:
-        return "not valid JSON (nested too deeply): write one complete JSON object per line"
+    except (RecursionError, ValueError) as error:
+        return f"not valid JSON ({_why_not_json(error)}): write one complete JSON object per line"
+
+
+def _why_not_json(error: Exception) -> str:
+    """Of what is JSON by its grammar, but no value of Python's."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
 
 
 def _object(row: Any) -> dict[str, Any] | str:

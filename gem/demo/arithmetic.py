@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gem.errors import UserError
+from gem.terminal.text import short
 
 NAMES = (
     "Ada", "Ben", "Chen", "Dora", "Eli", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mira", "Nils",
@@ -20,6 +21,7 @@ ITEMS = (
     "apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers", "beads",
     "buttons", "cookies", "candles", "tickets", "balloons",
 )  # fmt: skip
+MOST_PAIRS = 1_000_000
 BOXES = ("bags", "boxes", "jars", "baskets", "drawers", "trays")
 FRIENDS = ("friends", "cousins", "neighbours", "classmates")
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -62,6 +64,8 @@ def arithmetic_pairs(num_pairs: int, seed: int = 0, marker: str = "Final Answer:
     """
     if num_pairs < 1:
         raise UserError(f"pairs: expected at least 1, got {num_pairs}")
+    if num_pairs > MOST_PAIRS:
+        raise UserError(f"--pairs: expected at most {MOST_PAIRS:,}, got {short(num_pairs)}; there are not many more")
     pairs: list[dict[str, str]] = []
     seen: set[str] = set()
     for problem, rng in _problems(seed):

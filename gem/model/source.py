@@ -73,7 +73,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json of a LoRA adapter whose weights are safetensors; anything else is refused."""
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model: {directory / ADAPTER_CONFIG}: cannot read it: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
         raise UserError(f"model: {directory / ADAPTER_CONFIG}: base_model_name_or_path is missing")

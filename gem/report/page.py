@@ -19,17 +19,12 @@ from gem.errors import UserError
 from gem.report import views
 from gem.report.charts import Lines, key
 from gem.report.records import Completion, Source, Tokens, read_source
+from gem.terminal.text import visible
 
 # A token with its numbers and five alternatives takes about 130 bytes; a browser opens 50 MB in about a second.
 MAX_TOKENS = 400_000
 # Entropy and -log-prob (nats) from which a token has the next colour.
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-
-# What cannot be seen or turns the text around it: written out, so that a page reads as its file does. ZERO WIDTH
-# (NON-)JOINER stays: emoji and whole scripts are made with it.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 def write_report(source: Path, out: Path, *, max_tokens: int = MAX_TOKENS) -> Path:
@@ -135,24 +130,12 @@ def _agreement(first: str, second: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def visible(text: str) -> str:
-    """Control characters, direction marks and what has no width as their code points; no lone surrogates."""
-    return _HIDDEN.sub(_code_point, text)
-
-
 def as_script_json(value: Any) -> Markup:
     """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-def _code_point(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if 0xD800 <= code < 0xE000:
-        return "\ufffd"
-    return f"\u27e8U+{code:04X}\u27e9"
 
 
 def _completion(one: Completion) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -95,7 +95,7 @@ def read_source(source: Path) -> Source:
         raise UserError(f"{source}: the file is empty")
     try:
         score = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         score = None
     if isinstance(score, dict) and score.get("kind") == SCORE_KIND:
         return Source(source.name, scores={source.name: check_score(source, score)})
@@ -148,7 +148,7 @@ def _read_run(run: Path) -> Source:
     for path in sorted(run.glob("score*.json")):
         try:
             score = json.loads(_read_text(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from error
         if isinstance(score, dict) and score.get("kind") == SCORE_KIND:
             scores[path.name] = check_score(path, score)
@@ -182,7 +182,7 @@ def _json_lines(path: Path, growing: bool) -> Iterator[tuple[str, dict[str, Any]
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if growing and number == len(lines):
                 return
             raise UserError(f"{where}: not JSON: {error}") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import yaml
-
+from gem.config.plain_yaml import load_yaml
 from gem.report import charts
 from gem.report.charts import Axis, Lines, Series, number
 from gem.report.records import Completion, Source, finite
@@ -346,8 +345,8 @@ def _guard_setting(config: str | None) -> str:
 
 def _setting(config: str | None, name: str) -> str | None:
     try:
-        values = yaml.safe_load(config or "")
-    except yaml.YAMLError:
+        values = load_yaml(config or "")
+    except ValueError:
         return None
     value = values.get(name) if isinstance(values, dict) else None
     return None if value is None else str(value)

@@ -124,7 +124,7 @@ def _prepare(
     whole = load_model_for_training(source, model_config, config)
     form = dataclasses.replace(form, end_tokens=end_token_ids(whole, form.tokenizer, form.end_of_turn))
     model = processes.prepare_model(whole, accelerator, config.max_grad_norm)
-    set_seed(config.seed + processes.rank())
+    set_seed((config.seed + processes.rank()) % 2**32)
     linear = None if given is None else LinearScore(given.weights, given.scales)
     data = fingerprint(train_pairs, eval_pairs, prompts)
     if continued is not None:

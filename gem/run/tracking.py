@@ -29,9 +29,9 @@ from gem.config.settings import TrainConfig
 from gem.data.answers import answers_match, decode
 from gem.errors import UserError
 from gem.parallel import processes
-from gem.report.page import visible
 from gem.scoring.records import feature_rows, token_rows
 from gem.scoring.score import ScoredRollout
+from gem.terminal.text import visible
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
+
+from gem_kernels import num_fork_tokens
 
 # A fork token repeats where the last so many tokens, itself included, stood in the completion before.
 NGRAM = 4
@@ -17,13 +17,6 @@ def answer_and_reasoning(completion_mask: Tensor, answer_start: Tensor) -> tuple
     start = torch.where((answer_start >= 0) & (answer_start < length), answer_start, 4 * length // 5)
     before = torch.arange(completion_mask.shape[1], device=completion_mask.device) < start[:, None]
     return completion_mask & ~before, completion_mask & before
-
-
-def num_fork_tokens(num_reasoning: Tensor, top_m: float | int) -> Tensor:
-    """m of H_fork, [B]: of n reasoning tokens max(1, floor(top_m * n)), or a count, at most n; 0 where n is."""
-    share = Fraction(repr(top_m)) if isinstance(top_m, float) else None
-    num = num_reasoning * share.numerator // share.denominator if share else num_reasoning.clamp_max(top_m)
-    return torch.where(num_reasoning > 0, num.clamp_min(1), 0)
 
 
 def fork_tokens(entropy: Tensor, completion_mask: Tensor, answer_start: Tensor, top_m: float | int) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gem.config.settings import Scoring
-from gem.scoring.forks import answer_and_reasoning, num_fork_tokens
-from gem_kernels import LinearScore
+from gem.scoring.forks import answer_and_reasoning
+from gem_kernels import LinearScore, num_fork_tokens
 
 # Probabilities are kept this far from 0 and 1 before strengths are fitted. Beyond it (3.1 standard errors) the normal
 # tail says more than its assumptions bear, and with a pair that is certain the likelihood has no maximum.
@@ -51,7 +51,7 @@ def score_standard_errors(
     Args:
         entropy, logprobs: [B, T] nats; completion_mask: [B, T] bool, True counts, padded on the right.
         answer_start: [B], as for `gem_kernels.entropy_scores`: outside [0, length) the last fifth is the answer.
-        top_m: a share (float, the decimal it is written as) or a count (int) of the reasoning tokens.
+        top_m: a share (float) or a count (int) of the reasoning tokens.
     """
     values, logprobs = entropy.double(), logprobs.double()
     answer, reasoning = answer_and_reasoning(completion_mask, answer_start)

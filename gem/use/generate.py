@@ -16,7 +16,7 @@ from gem.data.prompts import Prompt
 from gem.errors import UserError
 from gem.model.opened import ModelLike, open_model
 from gem.progress import Bar
-from gem.report.page import visible
+from gem.terminal.text import visible
 from gem.use.score import ScoreRow, overlong, score_rows
 from gem.use.scorer import make_scorer, warn
 

@@ -19,7 +19,7 @@ from gem.config.settings import RowSettings
 from gem.config.use import ScoreSettings, UseSettings
 from gem.data.answers import answers_match, normalize_answer
 from gem.data.pairs import answers_from_row
-from gem.data.prompts import Prompt, TextFormat
+from gem.data.prompts import Prompt, PromptError, TextFormat
 from gem.data.sources import Row, RowProblem, RowReport, Source, read_rows, report
 from gem.errors import UserError
 from gem.model.forward import Policy, top_tokens
@@ -57,8 +57,11 @@ def load_score_rows(
     for row in rows:
         parsed = row.values if isinstance(row.values, str) else _score_row(row, names, settings)
         kind = "bad"
-        if not isinstance(parsed, str) and (what := overlong(parsed, form, context, room)):
-            kind, parsed = "overlong", what
+        try:
+            if not isinstance(parsed, str) and (what := overlong(parsed, form, context, room)):
+                kind, parsed = "overlong", what
+        except PromptError as error:
+            parsed = str(error)
         if isinstance(parsed, str):
             problems.append(RowProblem(row.where, kind, parsed))
         else:

@@ -36,13 +36,15 @@ def row_view(logits: Tensor) -> Tensor | None:
     return view if (within and apart) or transposed else None
 
 
-def rows_forward(rows: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
-    """[R1, R2, V] (see row_view), targets [N] int64, contiguous. Nothing is checked."""
+def rows_forward(rows: Tensor, targets: Tensor, options: RowOptions, out: RowStats | None = None) -> RowStats:
+    """[R1, R2, V] (see row_view), targets [N] int64, contiguous -> `out`, made here if None. Nothing is checked."""
+    if out is None:
+        out = RowStats(*torch.empty(4, targets.shape[0], dtype=torch.float32, device=rows.device).unbind())
     if options.backend != "triton":
-        return cpu.row_stats_forward(rows, targets, options)
+        return cpu.row_stats_forward(rows, targets, options, out)
     from .triton import launch
 
-    return launch.row_stats_forward(rows, targets, options)
+    return launch.row_stats_forward(rows, targets, options, out)
 
 
 def rows_backward(grad: Tensor, rows: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients) -> None:

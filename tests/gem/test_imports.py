@@ -13,11 +13,11 @@ INTEGRATION = "gem_kernels.integrations.transformers"
 
 # From the bottom up, in the order the data moves: a room imports only from those before it.
 ROOMS = [
-    *("errors", "interrupt", "files", "config", "parallel", "progress", "data", "statistics", "model", "rollout"),
-    *("scoring", "update", "evaluation", "calibration", "report", "use", "checkpoint", "run", "loop", "demo", "api"),
-    *("cli", "__main__"),
+    *("errors", "terminal", "interrupt", "files", "config", "parallel", "progress", "data", "statistics", "model"),
+    *("rollout", "scoring", "update", "evaluation", "calibration", "report", "use", "checkpoint", "run", "loop"),
+    *("demo", "api", "cli", "__main__"),
 ]
-MOST_FLOORS = 12
+MOST_FLOORS = 13
 MOST_FILES = 8
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gem_kernels
 from gem_kernels import arguments, reference
+from gem_kernels.backends.types import RowStats
 from gem_kernels.linear.head import row_stride
 
 IGNORE = -100
@@ -55,6 +56,10 @@ def make(*shape: int, dtype=torch.float32, scale: float = 3.0, seed: int = 0, de
     logits = (torch.randn(*shape, generator=generator) * scale).to(dtype)
     targets = torch.randint(0, shape[-1], shape[:-1], generator=generator)
     return logits.to(device), targets.to(device)
+
+
+def empty_stats(n: int, device="cpu") -> RowStats:
+    return RowStats(*(torch.full((n,), torch.nan, dtype=torch.float32, device=device) for _ in range(4)))
 
 
 def upstream(shape, use: str = "both", seed: int = 1, device="cpu") -> tuple[Tensor | None, Tensor | None]:

@@ -109,6 +109,7 @@ def features(x: dict, backend: str) -> list:
 
 
 CALLS = {
+    "num_fork_tokens": lambda x, backend: [gk.num_fork_tokens(x["answer_start"], top_m) for top_m in (0.1, 2)],
     "completion_features": features,
     "token_stats": of_logits(gk.token_stats, temperature=lambda x: x["tau"], softcap=9.0),
     "token_stats in place": of_logits(gk.token_stats, inplace=True),

@@ -14,10 +14,12 @@ import torch
 
 import gem_kernels
 from gem_kernels import (
+    arguments,
     completion_features,
     entropy_scores,
     fused_entropy_score,
     group_advantages,
+    num_fork_tokens,
     sega_loss,
     token_stats,
 )
@@ -40,9 +42,9 @@ def test_opcheck_row_stats(case, backend, device):
     logits, targets = make(*shape, dtype=torch.bfloat16 if "bf16" in case else torch.float32, device=device)
     tau = None if case == "bf16 packed" else torch.rand(6, device=device) + 0.5
     if case == "strided":
-        logits, targets = make(2, 4, 41, device=device)[0][:, :-1].detach(), targets.view(2, 3)
+        logits, targets = make(2, 4, 41, device=device)[0][:, 1:].detach(), targets.view(2, 3)
         targets[0, 1] = -100
-    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, False, backend)
+    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, backend)
     opcheck(ops.row_stats.default, args)
     logits = logits.detach()
     _logprobs, entropy, row_max, log_sum = ops.row_stats(logits, *args[1:])
@@ -59,11 +61,11 @@ def test_opcheck_span_scores(layout, backend, device):
     weights = [-1.0, 1.0, *[0.0] * 6, 0.5]
     if layout == "padded":
         entropy, mask = torch.rand(2, 7, device=device), torch.ones(2, 7, dtype=torch.bool, device=device)
-        args = (entropy, None, mask, None, start, valid, weights, 1, 10, False, backend)
+        args = (entropy, None, mask, None, start, valid, weights, 0.1, 0, False, backend)
     else:
         offsets = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
         entropy, logprobs = torch.rand(2, 9, device=device).unbind()
-        args = (entropy, logprobs, None, offsets, start, None, weights, 3, 0, True, backend)
+        args = (entropy, logprobs, None, offsets, start, None, weights, 1.0, 3, True, backend)
     opcheck(ops.span_scores.default, args)
 
 
@@ -140,6 +142,69 @@ def test_compiled_for_other_sizes(function, device):
     assert counter.frame_count <= 3
 
 
+NUMBERS = [(0.7, 0.5, 1e-3, 3.0), (0.8, 0.25, 0.1, 7.0), (1.3, -1.5, 2.0, 0.5), (2.0, 0.0, 0.3, 1.0)]
+
+
+def test_compiled_for_other_numbers(device):
+    """Temperature, fork_weight, eps and denominator change: one more compilation, then none, and no graph break."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(logits, targets, mask, start, temperature, fork_weight, eps, denominator):
+        out = sega_loss(
+            logits * 2.0, targets, completion_mask=mask, answer_start=start, group_size=2, scale="group",
+            temperature=temperature, fork_weight=fork_weight, eps=eps, denominator=denominator,
+        )  # fmt: skip
+        return out.loss, out.score
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for numbers in NUMBERS:
+        problem = (*batch(4, 6, device=device), *numbers)
+        for x, y in zip(run(compiled, *problem), run(function, *problem), strict=True):
+            assert_near(x, y)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_for_another_softcap_and_top_m(device):
+    """Compiled once a value, but never broken: the graph alone is looked at."""
+    torch._dynamo.reset()
+
+    def function(logits, targets, mask, start, softcap, top_m):
+        out = fused_entropy_score(
+            logits, targets, completion_mask=mask, answer_start=start, group_size=2, softcap=softcap, top_m=top_m
+        )
+        return out.logprobs.sum(), out.score
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for softcap, top_m in ((3.0, 0.1), (4.0, 1 / 3), (4.0, 2)):
+        problem = (*batch(device=device), softcap, top_m)
+        for x, y in zip(run(compiled, *problem), run(function, *problem), strict=True):
+            assert_near(x, y)
+
+
+def test_what_is_not_compiled_is_not_compiled_inside_a_caller(device):
+    """Of functions of hidden states: their own frames stay out, at every length."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(40, 8, device=device)
+
+    @arguments.not_compiled
+    def of_hidden(hidden, targets):
+        return inner(hidden, targets) + 1.0
+
+    def inner(hidden, targets):
+        return gem_kernels.linear_token_stats(hidden, weight, targets).entropy * 2.0
+
+    def caller(hidden, targets):
+        return (of_hidden(hidden * 1.0, targets)).sum()
+
+    compiled = torch.compile(caller, backend=counter)
+    for T in (4, 5, 6):
+        hidden, targets = torch.ones(T, 8, device=device), torch.zeros(T, dtype=torch.int64, device=device)
+        assert_near(compiled(hidden, targets), caller(hidden, targets))
+    assert counter.frame_count <= 4, "two graphs of the caller, each compiled a second time for any length"
+
+
 def test_results_are_pytrees():
     logits, targets, mask, start = batch()
     out = fused_entropy_score(logits, targets, completion_mask=mask, answer_start=start, group_size=2)
@@ -163,6 +228,7 @@ GOOD = {
         "entropy": ENTROPY, "logprobs": -ENTROPY, "completion_mask": MASK, "answer_start": START,
     },
     group_advantages: {"scores": torch.rand(2), "group_size": 2},
+    num_fork_tokens: {"num_reasoning": torch.tensor([3, 4])},
     fused_entropy_score: {
         "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
     },
@@ -202,7 +268,7 @@ BAD = {
         (TARGETS.to("meta"), "meta"),
     ],
     "temperature": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (1e39, r"1e\+39"), (1e-39, "1e-39"),
         (0.0, "0.0"),
         (-1, "-1"),
         (float("nan"), "nan"),
@@ -218,7 +284,7 @@ BAD = {
         (torch.ones(2, 6, device="meta"), "meta"),
     ],
     "softcap": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (2**130, "1361129467683753853853498429727072845824"),
         (0.0, "0.0"),
         (-5.0, "-5.0"),
         ("5", "'5'"),
@@ -269,7 +335,7 @@ BAD = {
         (None, "None"),
     ],
     "fork_weight": [
-        (10**400, "integer of 1329 bits"),
+        (10**400, "integer of 1329 bits"), (-1e39, r"-1e\+39"),
         ("1", "'1'"),
         (float("nan"), "nan"),
         (None, "None"),
@@ -278,6 +344,7 @@ BAD = {
     "top_m": [(2**63, "9223372036854775808"),
         (0, "0"), (-1, "-1"), (0.0, "0.0"), (1.5, "1.5"), (True, "True"), ("0.1", "'0.1'"), (float("nan"), "nan"),
     ],
+    "num_reasoning": [(3, "int"), (torch.tensor([3.0]), "float32"), (torch.tensor([True]), "bool")],
     "no_answer": [("last", "'last'"), (None, "None")],
     "valid": [(VALID.int(), "int32"), (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
     "mapping": [("linear", "'linear'"), (None, "None")],
@@ -294,7 +361,7 @@ BAD = {
     ],
     "loss_type": [("grpo", "'grpo'"), (None, "None")],
     "max_completion_length": [(2**63, "9223372036854775808"), (0, "0"), (8.0, "8.0"), (True, "True")],
-    "denominator": [(10**400, "integer of 1329 bits"),
+    "denominator": [(10**400, "integer of 1329 bits"), (1e39, r"1e\+39"),
         (-1.0, "-1.0"),
         (float("nan"), "nan"),
         ("3", "'3'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gem_kernels
-from gem_kernels import entropy_scores, group_advantages, reference
+from gem_kernels import entropy_scores, group_advantages, num_fork_tokens, reference
 from tests.kernels.helpers import BACKENDS, assert_near, backward, make, upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -112,6 +113,36 @@ def test_a_share_is_the_decimal_it_is_written_as(n, share, m, backend, device):
     _, _, fork, _ = score_one([*values, 0.0], answer_start=n, top_m=share, backend=backend, device=device)
     assert fork == pytest.approx(n - (m - 1) / 2, rel=1e-6)
     assert reference.top_count(share, n) == m
+
+
+FRACTIONS = sorted(
+    {Fraction(p, q) for q in range(1, 13) for p in range(1, q + 1)} | {Fraction(k, 100) for k in range(1, 100)}
+)
+
+
+@each_backend
+def test_one_rule_for_m_over_many_fractions(backend, device):
+    """Kernels, reference and num_fork_tokens; one entropy of 1 among zeros has a fork entropy of 1 / m."""
+    lengths = [1, 6, 9] if backend == "triton" else range(1, 31)
+    n = torch.tensor(lengths, device=device)
+    entropy = torch.zeros(len(n), 31, device=device)
+    entropy[:, 0] = 1.0
+    mask = torch.arange(31, device=device) <= n[:, None]
+    few = {"auto": FRACTIONS, "torch": FRACTIONS[::9], "triton": [Fraction(1, 3)]}[backend]
+    for share in few:
+        want = [max(1, share.numerator * i // share.denominator) for i in lengths]
+        top_m = share.numerator / share.denominator
+        assert num_fork_tokens(n, top_m).tolist() == want
+        assert [reference.top_count(top_m, i) for i in lengths] == want
+        out = entropy_scores(entropy, completion_mask=mask, answer_start=n, top_m=top_m, backend=backend)
+        assert (1 / out.fork_entropy).round().tolist() == want, share
+
+
+def test_num_fork_tokens_of_a_count_and_of_nothing():
+    n = torch.tensor([[0, 1], [3, 9]], dtype=torch.int32)
+    assert num_fork_tokens(n, 4).tolist() == [[0, 1], [3, 4]] and num_fork_tokens(n, 0.5).tolist() == [[0, 1], [1, 4]]
+    assert num_fork_tokens(torch.tensor(2**31), 0.999999999).item() == 2**31 - 3
+    assert num_fork_tokens(n, 2**63 - 1).dtype == torch.int64
 
 
 @each_backend

@@ -19,7 +19,7 @@ from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
-from tests.kernels.helpers import assert_near, room
+from tests.kernels.helpers import assert_near, empty_stats, room
 from tests.processes import run_ranks
 
 WORLD = 4
@@ -410,7 +410,7 @@ def test_row_kernels_without_a_target(compiled):
     options = RowOptions(backend="cpu" if compiled else "torch")
 
     def forward(logits, targets):
-        return cpu.row_stats_forward(logits, targets, options)
+        return cpu.row_stats_forward(logits, targets, options, empty_stats(len(targets)))
 
     def backward(logits, targets, stats):
         grad = torch.full_like(logits, torch.nan)
@@ -426,7 +426,9 @@ def test_triton_row_kernels_without_a_target(splits, device):
     from gem_kernels.backends.triton import launch
 
     def forward(logits, targets):
-        out = launch.row_stats_forward(logits.to(device), targets.to(device), RowOptions(), splits)
+        out = launch.row_stats_forward(
+            logits.to(device), targets.to(device), RowOptions(), empty_stats(len(targets), device), splits
+        )
         return tuple(x.cpu() for x in out)
 
     def backward(logits, targets, stats):

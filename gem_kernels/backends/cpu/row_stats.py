@@ -40,10 +40,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ELEMENTS_PER_THREAD = 1 << 16
 
 
-def row_stats_forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
-    """By compiled code if options.backend is "cpu" and it can be had."""
+def row_stats_forward(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
+    """Writes to `outputs`; by compiled code if options.backend is "cpu" and it can be had."""
     function = forward if options.backend == "cpu" and available(logits) else forward_torch
-    return function(logits, targets, options)
+    return function(logits, targets, options, outputs)
 
 
 def row_stats_backward(
@@ -100,9 +100,8 @@ def _rows(logits: Tensor, targets: Tensor, options: RowOptions) -> _Rows:
     )
 
 
-def forward(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
+def forward(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
     """Ignored rows are not read."""
-    outputs = RowStats(*(torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device) for _ in range(4)))
     rows = _rows(logits, targets, options)
     for name, output in outputs._asdict().items():
         setattr(rows, name, output.data_ptr())
@@ -169,9 +168,10 @@ def _select(vector: float | Tensor, rows: Tensor) -> float | Tensor:
     return vector[rows, None] if isinstance(vector, Tensor) else vector
 
 
-def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions) -> RowStats:
+def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
     """`forward` in plain torch, on the device of `logits`, without synchronising a GPU."""
-    outputs = RowStats(*(torch.zeros(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4)))
+    for output in outputs:
+        output.zero_()
     ignore_index = options.ignore_index
     V = logits.shape[2]
     for rows in _chunks(logits, targets, ignore_index):

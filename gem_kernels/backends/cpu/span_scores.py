@@ -130,6 +130,12 @@ def _features(answer: Tensor, reasoning: Tensor, logp: Tensor | None, rule: Scor
     ])  # fmt: skip
 
 
+def over_deviation(centred: Tensor, n: Tensor, eps: float) -> Tensor:
+    """[P, G], of n [P, 1] members, over their sample deviation + eps. Equal members stay zeros, whatever eps."""
+    deviation = ((centred * centred).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    return torch.where(centred == 0, 0.0, centred / (deviation + eps))
+
+
 def group_advantages(scores, group_size, valid, mapping, scale, eps):
     """[P, G] at once, with no wait for the device."""
     s = scores.view(-1, group_size)
@@ -148,6 +154,5 @@ def group_advantages(scores, group_size, valid, mapping, scale, eps):
     r = torch.where(member, r - top, 0.0)
     a = torch.where(member, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     if scale == "group":
-        # Equal members stay zeros, whatever eps.
-        a = torch.where(a == 0, 0.0, a / (((a * a).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + eps))
+        a = over_deviation(a, n, eps)
     return torch.where(member & (n > 1), a, 0.0).reshape(-1)

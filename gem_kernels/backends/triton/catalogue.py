@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import row_stats, span_scores
@@ -15,6 +15,7 @@ ROW = {
     "softcap": "fp32",
     "V": "i32",
     "n_inner": "i32",
+    "base": "i32",
     "stride_outer": "i64",
     "stride_inner": "i64",
     "ignore_index": "i32",
@@ -81,16 +82,25 @@ def kernels() -> list[KernelSpec]:
                         "grad_logprob_ptr": "*fp32",
                         "grad_entropy_ptr": "*fp32",
                         "span": "i32",
+                        "grad_base": "i32",
                         "grad_outer": "i64",
                         "grad_inner": "i64",
                         **ROW,
                         **{k: v for k, v in STATS.items() if k != "logprob_ptr"},
                     },
-                    {**variant, **blocks, "SAME_LAYOUT": not softcap},
+                    {**variant, **blocks, "ALIKE": True},
                     launch.num_warps,
                     streaming=True,
                 )
             )
+    apart = next(s for s in specs if s.name == "backward_bf16")
+    specs.append(
+        replace(
+            apart,
+            name="backward_bf16_apart",
+            constexprs={**apart.constexprs, "ALIKE": False, "BLOCK": row_stats.apart(apart.constexprs["BLOCK"])},
+        )
+    )
     for packed in (False, True):
         specs.append(
             KernelSpec(

@@ -1,4 +1,4 @@
-"""Starts the Triton kernels: shapes, grids and launch options. Nothing is checked; outputs are allocated here."""
+"""Starts the Triton kernels: shapes, grids and launch options. Nothing is checked."""
 
 from __future__ import annotations
 
@@ -37,11 +37,28 @@ def _options(rows: Tensor, options: RowOptions) -> dict:
     }
 
 
-def row_stats_forward(rows: Tensor, targets: Tensor, options: RowOptions, splits: int | None = None) -> RowStats:
-    """[R1, R2, V] and targets [N] int64 -> RowStats. splits: programs a row, to be chosen here if None."""
+def _from_boundary(rows: Tensor) -> tuple[Tensor, int]:
+    """What `rows` lie in, from the 16-byte boundary before them (where that is theirs too), and where they begin there.
+
+    Triton compiles once for pointers that are aligned and once for others, with narrower loads.
+    """
+    base = rows.data_ptr() % 16 // rows.element_size()
+    if base == 0 or base > rows.storage_offset():
+        return rows, 0
+    return rows.as_strided((1,), (1,), rows.storage_offset() - base), base
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...], align: int) -> bool:
+    """Whether base and strides differ by multiples of `align`."""
+    return all((a - b) % align == 0 for a, b in zip(one, other))
+
+
+def row_stats_forward(
+    rows: Tensor, targets: Tensor, options: RowOptions, out: RowStats, splits: int | None = None
+) -> RowStats:
+    """[R1, R2, V] and targets [N] int64 -> `out`. splits: programs a row, to be chosen here if None."""
     R1, R2, V = rows.shape
     N = R1 * R2
-    out = RowStats(*torch.empty(4, N, dtype=torch.float32, device=rows.device).unbind())
     if N == 0:
         return out
     launch = row_stats.launch_options(V, rows.element_size())
@@ -49,8 +66,9 @@ def row_stats_forward(rows: Tensor, targets: Tensor, options: RowOptions, splits
     constants = _options(rows, options)
     partial = torch.empty(N, splits, 3, dtype=torch.float32, device=rows.device) if splits > 1 else out.logprobs
     tau, softcap = (options.temperature, options.temperatures), options.softcap or 1.0
-    args = (rows, targets, *tau, softcap, *out, partial)
-    shape = (V, R2, rows.stride(0), rows.stride(1))
+    memory, base = _from_boundary(rows)
+    args = (memory, targets, *tau, softcap, *out, partial)
+    shape = (V, R2, base, rows.stride(0), rows.stride(1))
     with torch.cuda.device_of(rows):
         row_stats.row_stats_forward[(N, splits)](
             *args,
@@ -93,11 +111,14 @@ def row_stats_backward(
     if N == 0:
         return
     launch = row_stats.launch_options(V, rows.element_size())
-    splits = splits or _split_count(N, V, launch.block, rows.device)
+    (memory, base), (grad_memory, grad_base) = _from_boundary(rows), _from_boundary(grad)
+    alike = _alike((grad_base, *grad.stride()), (base, *rows.stride()), launch.align)
+    block = launch.block if alike else row_stats.apart(launch.block)
+    splits = splits or _split_count(N, V, block, rows.device)
     with torch.cuda.device_of(rows):
         row_stats.row_stats_backward[(N, splits)](
-            grad,
-            rows,
+            grad_memory,
+            memory,
             targets,
             options.temperature,
             options.temperatures,
@@ -109,15 +130,17 @@ def row_stats_backward(
             vectors.log_sum,
             V,
             R2,
+            base,
             rows.stride(0),
             rows.stride(1),
+            grad_base,
             grad.stride(0),
             grad.stride(1),
-            _span(V, launch.block, splits),
+            _span(V, block, splits),
             options.ignore_index,
             **_options(rows, options),
-            SAME_LAYOUT=grad.stride() == rows.stride(),
-            BLOCK=launch.block,
+            ALIKE=alike,
+            BLOCK=block,
             ALIGN=launch.align,
             num_warps=launch.num_warps,
         )

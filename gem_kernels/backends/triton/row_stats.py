@@ -11,7 +11,8 @@ before the row ends, so on a confident row the small terms survive beside the 1 
 
 A row is cut into a head and a tail of fewer than ALIGN elements (one masked vector of 2 * ALIGN), whole blocks
 without any mask, and one block masked at a multiple of ALIGN. Blocks begin where the address is a multiple of 16 bytes
-whatever the row stride, so an odd vocabulary loads as wide as an even one.
+whatever the row stride, so an odd vocabulary loads as wide as an even one. `base` is where the first row
+begins, counted from such an address.
 
 `x - m` and then the multiplication, not one FMA of x with m folded in: only so is d exactly 0 at the maximum.
 """
@@ -106,8 +107,8 @@ def _fold(m, s, t, x, scale, PTX: tl.constexpr):
 
 
 @triton.jit
-def _row_offset(row, n_inner, stride_outer, stride_inner):
-    return (row // n_inner).to(tl.int64) * stride_outer + (row % n_inner).to(tl.int64) * stride_inner
+def _row_offset(row, base, n_inner, stride_outer, stride_inner):
+    return base + (row // n_inner).to(tl.int64) * stride_outer + (row % n_inner).to(tl.int64) * stride_inner
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def _inv_temperature(temperature, temperature_ptr, row, TEMPERATURE_TENSOR: tl.c
 
 
 @triton.jit(
-    do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "span", "n_splits", "ignore_index"],
+    do_not_specialize=["V", "n_inner", "base", "stride_outer", "stride_inner", "span", "n_splits", "ignore_index"],
     do_not_specialize_on_alignment=VECTORS,
 )
 def row_stats_forward(
@@ -189,6 +190,7 @@ def row_stats_forward(
     partial_ptr,
     V,
     n_inner,
+    base,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
     span,
@@ -215,7 +217,7 @@ def row_stats_forward(
         return
     inv_temperature = _inv_temperature(temperature, temperature_ptr, row, TEMPERATURE_TENSOR)
     scale = inv_temperature * LOG2E
-    begin = _row_offset(row, n_inner, stride_outer, stride_inner)
+    begin = _row_offset(row, base, n_inner, stride_outer, stride_inner)
     end = begin + V
     lo, full, hi, body, body_end = _cuts(begin, end, i_split, span, BLOCK, ALIGN)
 
@@ -257,7 +259,7 @@ def row_stats_forward(
 
 
 @triton.jit(
-    do_not_specialize=["V", "n_inner", "stride_outer", "stride_inner", "n_splits", "ignore_index"],
+    do_not_specialize=["V", "n_inner", "base", "stride_outer", "stride_inner", "n_splits", "ignore_index"],
     do_not_specialize_on_alignment=VECTORS,
 )
 def row_stats_combine(
@@ -273,6 +275,7 @@ def row_stats_combine(
     partial_ptr,
     V,
     n_inner,
+    base,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
     n_splits,
@@ -291,7 +294,7 @@ def row_stats_combine(
         tl.store(log_sum_ptr + row, 0.0)
         return
     inv_temperature = _inv_temperature(temperature, temperature_ptr, row, TEMPERATURE_TENSOR)
-    begin = _row_offset(row, n_inner, stride_outer, stride_inner)
+    begin = _row_offset(row, base, n_inner, stride_outer, stride_inner)
     i = tl.arange(0, MAX_SPLITS)
     p = partial_ptr + (row.to(tl.int64) * n_splits + i) * 3
     m_of = tl.load(p, mask=i < n_splits, other=FLOOR)
@@ -329,8 +332,10 @@ def _slope(x, softcap):
     do_not_specialize=[
         "V",
         "n_inner",
+        "base",
         "stride_outer",
         "stride_inner",
+        "grad_base",
         "grad_outer",
         "grad_inner",
         "span",
@@ -352,22 +357,24 @@ def row_stats_backward(
     log_sum_ptr,
     V,
     n_inner,
+    base,
     stride_outer: tl.int64,
     stride_inner: tl.int64,
+    grad_base,
     grad_outer: tl.int64,
     grad_inner: tl.int64,
     span,
     ignore_index,
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SAME_LAYOUT: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Grid (N, n_splits). Ignored rows are zeroed unread. grad may be logits.
 
-    SAME_LAYOUT: grad has the strides of logits, so what is aligned in one is aligned in the other.
+    ALIKE: each row of grad is a multiple of ALIGN away from that of logits: what is aligned in one is so in the other.
 
     The target's own term is one scalar, stored after the row: a comparison in the loop costs two instructions an
     element. The barriers order it against the other threads' reads and writes of the same address.
@@ -375,14 +382,14 @@ def row_stats_backward(
     row = tl.program_id(0)
     i_split = tl.program_id(1)
     y = tl.load(targets_ptr + row)
-    begin = _row_offset(row, n_inner, stride_outer, stride_inner)
+    begin = _row_offset(row, base, n_inner, stride_outer, stride_inner)
     end = begin + V
     lo, full, hi, body, body_end = _cuts(begin, end, i_split, span, BLOCK, ALIGN)
     o_edge, m_edge = _edge(begin, end, body, body_end, i_split, ALIGN)
     lanes = tl.arange(0, BLOCK)
     dtype = grad_ptr.dtype.element_ty
-    if not SAME_LAYOUT:
-        grad_ptr += _row_offset(row, n_inner, grad_outer, grad_inner) - begin
+    apart = _row_offset(row, grad_base, n_inner, grad_outer, grad_inner) - begin
+    grad_ptr += tl.multiple_of(apart, ALIGN) if ALIKE else apart
     if y == ignore_index:
         tl.store(grad_ptr + o_edge, tl.zeros([2 * ALIGN], dtype), mask=m_edge)
         for offset in range(lo, hi, BLOCK):
@@ -441,3 +448,8 @@ def launch_options(V: int, itemsize: int) -> Launch:
     num_warps = 8 if block >= 4096 else 4 if block >= 1024 else 1
     align = 16 // itemsize
     return Launch(block, min(block, num_warps * 32 * align), align, num_warps)
+
+
+def apart(block: int) -> int:
+    """The block of a backward pass whose gradient is not ALIKE: the narrow stores of a whole block spill registers."""
+    return max(256, block // 4)

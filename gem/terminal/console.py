@@ -1,0 +1,51 @@
+"""rich's console, which shows text as it is: no markup, no emoji codes, nothing that drives the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from gem.errors import UserError
+from gem.terminal.text import visible
+
+LEVELS = ("debug", "info", "warning", "error")
+# Lines that begin like these are warnings; all others tell what is going on.
+_WARNINGS = ("warning", "guard ", "interrupted")
+_level = "info"
+
+
+def set_level(level: str) -> None:
+    """What the consoles of this process print: all (debug, info), warnings, or nothing but the error at the end."""
+    global _level
+    if level not in LEVELS:
+        raise UserError(f"--log-level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    _level = level
+
+
+def level() -> str:
+    return _level
+
+
+class PlainConsole(Console):
+    """result: what it prints is what a command was asked for, which no level leaves out."""
+
+    def __init__(self, *, result: bool = False, **arguments: Any) -> None:
+        super().__init__(markup=False, emoji=False, **arguments)
+        self.result = result
+
+    def render_str(self, text: str, **arguments: Any) -> Text:
+        return super().render_str(visible(text), **{**arguments, "markup": False, "emoji": False})
+
+    def print(self, *objects: Any, **arguments: Any) -> None:
+        if self.result or level() in ("debug", "info") or (level() == "warning" and _is_warning(objects)):
+            super().print(*objects, **{**arguments, "markup": False, "emoji": False})
+
+
+def make_console(**arguments: Any) -> Console:
+    return PlainConsole(**arguments)
+
+
+def _is_warning(objects: tuple[Any, ...]) -> bool:
+    return bool(objects) and isinstance(objects[0], str) and objects[0].lower().startswith(_WARNINGS)
