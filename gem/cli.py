@@ -92,6 +92,9 @@ def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all but the weights, say what it takes; write nothing.")
+    ] = False,
 ) -> None:
     """Train: SFT warm start, then sample, score and step; evaluated before and after.
 
@@ -100,11 +103,18 @@ def train_command(
     All keys with their defaults: gem config --preset paper (or safe).
     """
     settings = load_config(config, context.args)
+    if resume and dry_run:
+        raise UserError("--dry-run: expected a new run, got --resume; leave one of the two out")
     _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
     from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
     console = make_console()
+    if dry_run:
+        from gem.plan.dry_run import dry_run as plan_run
+
+        plan_run(settings, console)
+        return
     try:
         result = train(settings, console, resume=resume)
         if is_main():
