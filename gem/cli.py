@@ -465,9 +465,9 @@ def main() -> None:
         try:
             with end_with_a_line():
                 app(arguments, prog_name="gem")
-        except KeyboardInterrupt as stop:
-            complain(str(stop) if isinstance(stop, Interrupted) else "interrupted")
-            sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+        except Interrupted as stop:
+            complain(str(stop))
+            sys.exit(stop.exit_code)
 
 
 def _global_options(arguments: list[str]) -> tuple[list[str], bool]:
