@@ -1,4 +1,4 @@
-"""The command line: gem train | calibrate | score | generate | evaluate | report | config | data | demo.
+"""The command line; `gem --help` lists its commands.
 
 A user's mistake exits with 2.
 """
@@ -35,7 +35,7 @@ SPAN = ",".join(DEFAULT.answer_span)
 app = typer.Typer(
     help="Few-shot alignment of language models by their own token entropies.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,  # --install-completion: of the shell that it is called from
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},  # of every command
@@ -92,6 +92,9 @@ def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all but the weights, say what it takes; write nothing.")
+    ] = False,
 ) -> None:
     """Train: SFT warm start, then sample, score and step; evaluated before and after.
 
@@ -100,11 +103,18 @@ def train_command(
     All keys with their defaults: gem config --preset paper (or safe).
     """
     settings = load_config(config, context.args)
+    if resume and dry_run:
+        raise UserError("--dry-run: expected a new run, got --resume; leave one of the two out")
     _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
     from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
     console = make_console()
+    if dry_run:
+        from gem.plan.dry_run import dry_run as plan_run
+
+        plan_run(settings, console)
+        return
     try:
         result = train(settings, console, resume=resume)
         if is_main():
@@ -279,7 +289,7 @@ def generate_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    data: Source,
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="As of gem score; each has its own table.")],
     reduction: Annotated[str, typer.Option(metavar="KIND", help="Implicit reward: sum, mean or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The start, for relative.")] = None,
     beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
@@ -323,17 +333,75 @@ def evaluate_command(
         chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
         overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, data)
+    _check_places(model, *data)
     if reference is not None:
         _check_places(reference)
     from gem.evaluation.report import evaluation_metrics, evaluation_table
-    from gem.use.evaluate import evaluate_data
+    from gem.use.evaluate import evaluate_sources
 
-    result = evaluate_data(model, data, settings, reference, make_console(stderr=True))
+    results = evaluate_sources(model, data, settings, reference, make_console(stderr=True))
     if as_json:
-        print(json.dumps(evaluation_metrics(result)))
-    else:
-        make_console(result=True).print(evaluation_table({"value": result}))
+        rows = {name: evaluation_metrics(result) for name, result in results.items()}
+        print(json.dumps(rows if len(rows) > 1 else rows[data[0]]))
+        return
+    console = make_console(result=True)
+    for name, result in results.items():
+        if len(results) > 1:
+            console.print(name, highlight=False, soft_wrap=True)
+        console.print(evaluation_table({"value": result}))
+
+
+@app.command("chat")
+def chat_command(
+    model: Model,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0: the likeliest token.")] = 0.0,
+    system_prompt: System = "",
+    seed: int = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+) -> None:
+    """Talk with a model: a question a line, until the input ends or /quit; /new forgets what was said."""
+    from gem.config.use import GenerateSettings
+
+    settings = GenerateSettings(
+        max_completion_length=max_completion_length, temperature=temperature, system_prompt=system_prompt, seed=seed,
+        device=device,
+    )  # fmt: skip
+    _check_places(model)
+    from gem.use.chat import chat
+
+    chat(model, settings, make_console(stderr=True))
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory of a LoRA adapter, as RUN/model.")],
+    out: Annotated[Path, typer.Option(help="The new directory of the whole model.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Merge a LoRA adapter into its model: a directory that needs no peft."""
+    _check_out(out)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _check_places(adapter)
+    from gem.use.weights import merge_adapter
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {merge_adapter(adapter, out, dtype, console)}", highlight=False, soft_wrap=True)
+
+
+@app.command("push")
+def push_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's or an adapter's directory, as RUN/model.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, where it is new.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, with the key of hf auth login or HF_TOKEN."""
+    _check_places(model)
+    from gem.use.weights import push_model
+
+    console = make_console(stderr=True)
+    console.print(f"Model: {push_model(model, repo, private, console)}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -396,10 +464,10 @@ def main() -> None:
     with one_line_endings(debug):
         try:
             with end_with_a_line():
-                app(arguments)
-        except KeyboardInterrupt as stop:
-            complain(str(stop) if isinstance(stop, Interrupted) else "interrupted")
-            sys.exit(stop.exit_code if isinstance(stop, Interrupted) else 130)
+                app(arguments, prog_name="gem")
+        except Interrupted as stop:
+            complain(str(stop))
+            sys.exit(stop.exit_code)
 
 
 def _global_options(arguments: list[str]) -> tuple[list[str], bool]:

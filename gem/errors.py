@@ -9,8 +9,8 @@ class UserError(Exception):
     """A mistake in a configuration, a data file or a path; its message says where it is and what to do."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the work; the message says what is left of it."""
+class Interrupted(BaseException):
+    """A signal ended the work; the message says what is left. No KeyboardInterrupt: typer would end that in silence."""
 
     def __init__(self, number: int, words: str = "") -> None:
         self.number = number

@@ -21,9 +21,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextlib.contextmanager
 def end_with_a_line() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt. One that is ignored (nohup)
-    stays ignored."""
-    before = {number: signal.signal(number, _raise) for number in SIGNALS[1:] if _can_be_set(number)}
+    """Within, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`. One that is ignored (nohup) stays ignored."""
+    before = {number: signal.signal(number, _raise) for number in SIGNALS if _can_be_set(number)}
     try:
         yield
     finally:

@@ -300,7 +300,9 @@ class OptimizerSettings(Section):
     weight_decay: float = setting(0.0, "of AdamW", ge=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", gt=0)
     warmup_steps: int = setting(0, "of each stage", ge=0)
-    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear falls to 0 over the stage")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "linear and cosine (half a period) fall to 0 over the stage"
+    )
     max_bad_steps: int = setting(3, "a non-finite gradient skips its step; so many in a row stop the run", ge=1)
     max_empty_steps: int = setting(
         3, "a step of whose candidates none counts (all cut off, say) is skipped; so many in a row stop the run", ge=1

@@ -11,6 +11,7 @@ from typing import Any
 from gem.config.settings import RowSettings, TrainConfig
 from gem.data.answers import explicit_answer
 from gem.data.batches import TokenizedPair
+from gem.data.pair_warnings import overlap_warnings, row_warnings
 from gem.data.prompts import ROLES, Conversation, Prompt, PromptError, TextFormat
 from gem.data.sources import Row, RowProblem, RowReport, Source, answer_problem, read_rows, report, text_problem
 from gem.errors import UserError
@@ -61,14 +62,17 @@ def load_pairs(
 
 def load_run_pairs(
     config: TrainConfig, form: TextFormat, context: int | None
-) -> tuple[list[TokenizedPair], list[TokenizedPair], list[RowReport]]:
-    """(train, held out, reports) of a run: the two sources, or one of which a share of the prompts is held out."""
+) -> tuple[list[TokenizedPair], list[TokenizedPair], list[RowReport | str]]:
+    """(train, held out, reports and warnings): the two sources, or one of which a share of the prompts is held out."""
     room = config.max_completion_length
     train, made = load_pairs(config.train_file, form, context, config, config.train_split, room=room)
+    words = row_warnings(config.train_file, train)
     if config.eval_file is None:
-        return *split_pairs(train, config.eval_fraction, config.seed), [made]
+        return *split_pairs(train, config.eval_fraction, config.seed), [made, *words]
     held_out, other = load_pairs(config.eval_file, form, context, config, config.eval_split, room=room)
-    return train, held_out, [made, other]
+    words += row_warnings(config.eval_file, held_out)
+    words += overlap_warnings(train, held_out, config.train_file, config.eval_file)
+    return train, held_out, [made, other, *words]
 
 
 def load_prompts(config: TrainConfig, form: TextFormat, context: int | None) -> tuple[list[TokenizedPair], RowReport]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,31 @@ from gem.errors import UserError
 _LISTED = 3  # names of tensors in a message
 # Of the logits' spread, by which they may change where a later token does: rounding, in mixtures of experts too.
 _CAUSAL = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def check_index(path: str | Path, name: str) -> None:
+    """path: of a `model.safetensors.index.json`. Raises where it names anything but safetensors beside it: transformers
+    would open what it names, pickles too."""
+    try:
+        names = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
+        odd = [file for file in names if Path(file).name != file or Path(file).suffix != ".safetensors"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"model: {name}: {Path(path).name} is no index of weights ({why}); get the model again"
+        ) from error
+    if odd:
+        raise UserError(
+            f"model: {name}: {Path(path).name} names {some_of(odd)}: weights are read from .safetensors files of the "
+            "model's own directory only"
+        )
+
+
+def check_weights_file(file: str | None, name: str) -> None:
+    """file: `transformers_weights` of config.json, where it has that. Raises unless it is safetensors beside it."""
+    suffixes = (".safetensors", ".safetensors.index.json")
+    if file is not None and not (isinstance(file, str) and Path(file).name == file and file.endswith(suffixes)):
+        raise UserError(f"model: {name}: config.json: transformers_weights: expected a .safetensors file, got {file!r}")
 
 
 def check_loaded(info: Mapping[str, Any], name: str) -> None:

@@ -23,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.model.checks import check_causal, check_finite, check_loaded
+from gem.model.checks import check_causal, check_finite, check_index, check_loaded, check_weights_file
 from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
 from gem.model.source import ModelSource
 
@@ -296,6 +297,15 @@ def _apply_liger(model: PreTrainedModel) -> None:
 
 def _load_weights(source: ModelSource, **arguments: Any) -> PreTrainedModel:
     """The model, once every weight of it has come from the file."""
+    if source.gguf_file is None:
+        named = getattr(arguments["config"], "transformers_weights", None)  # a file that config.json asks for
+        check_weights_file(named, source.words)
+        index = None
+        with contextlib.suppress(OSError):  # a hub that does not answer is told by the loading itself
+            name = named or SAFE_WEIGHTS_INDEX_NAME
+            index = cached_file(source.name, name, _raise_exceptions_for_missing_entries=False)
+        if index is not None and index.endswith(".json"):
+            check_index(index, source.words)
     with _QuietTransformers():
         model, info = _load(
             AutoModelForCausalLM,

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedConfig
 
 from gem.calibration.score_file import Score, read_score, write_score
 from gem.checkpoint import states
@@ -35,7 +36,7 @@ from gem.model.load import (
     load_model_for_training,
 )
 from gem.model.opened import open_text
-from gem.model.source import find_model
+from gem.model.source import ModelSource, find_model
 from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
@@ -103,23 +104,10 @@ def _prepare(
     continued = check_resume(config, folder, console) if resume else None
     if not resume:
         check_run_directory(config.output_dir)
-    check_report_to(config.report_to)
-    given = given_score(config)
-    for source in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
-        check_source(source)
     processes.wait_for_all()  # every process has seen the directory as it was before one makes it
-    source = find_model(config.model)
-    check_vllm(config, source)
-    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
-    form, model_config = open_text(source, config)
-    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
-    prompts = train_pairs
-    if config.prompts_file is not None:
-        prompts, report = load_prompts(config, form, context_length(model_config))
-        reports.append(report)
-    for report in filter(str, reports):
-        console.print(str(report), highlight=False)
-    check_calibration(config, train_pairs)
+    inputs = read_inputs(config, console)
+    source, model_config, form, given = inputs.source, inputs.model_config, inputs.form, inputs.given
+    train_pairs, eval_pairs, prompts = inputs.train_pairs, inputs.eval_pairs, inputs.prompts
     set_seed(config.seed)  # a new adapter's weights are drawn when the model is loaded
     whole = load_model_for_training(source, model_config, config)
     form = dataclasses.replace(form, end_tokens=end_token_ids(whole, form.tokenizer, form.end_of_turn))
@@ -129,6 +117,7 @@ def _prepare(
     data = fingerprint(train_pairs, eval_pairs, prompts)
     if continued is not None:
         state, offsets = restore(continued, model, data, repr(linear), console)
+        processes.on_main(lambda: set_model_aside(folder.path))
         processes.on_main(lambda: write_config(config, folder.path))  # what may change, as it is now
     else:
         state, offsets = RunState(), None
@@ -149,6 +138,40 @@ def _prepare(
         sampler=make_sampler(config, source, folder.path),
         linear=linear,
     ), state
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before the weights are: all of it checked, nothing written."""
+
+    source: ModelSource
+    model_config: PreTrainedConfig
+    form: TextFormat
+    train_pairs: list[TokenizedPair]
+    eval_pairs: list[TokenizedPair]
+    prompts: list[TokenizedPair]
+    given: Score | None  # the score of the file that `score` names
+
+
+def read_inputs(config: TrainConfig, console: Console) -> Inputs:
+    """Services, files, the model's configuration and the rows as tokens."""
+    check_report_to(config.report_to)
+    given = given_score(config)
+    for place in filter(None, (config.train_file, config.eval_file, config.prompts_file)):
+        check_source(place)
+    source = find_model(config.model)
+    check_vllm(config, source)
+    console.print(f"Loading {source.gguf_file or source.name}", highlight=False)
+    form, model_config = open_text(source, config)
+    train_pairs, eval_pairs, reports = load_run_pairs(config, form, context_length(model_config))
+    prompts = train_pairs
+    if config.prompts_file is not None:
+        prompts, report = load_prompts(config, form, context_length(model_config))
+        reports.append(report)
+    for report in filter(str, reports):
+        console.print(str(report), highlight=False)
+    check_calibration(config, train_pairs)
+    return Inputs(source, model_config, form, train_pairs, eval_pairs, prompts, given)
 
 
 def start_run_directory(config: TrainConfig, folder: RunFolder, given: Score | None) -> None:
@@ -178,6 +201,29 @@ def given_score(config: TrainConfig) -> Score | None:
     return score
 
 
+def check_extension(config: TrainConfig) -> None:
+    """More `max_steps` than before continue a run as if it had had them from the start, or are refused."""
+    reasons = {
+        f"lr_schedule: {config.lr_schedule}": config.lr_schedule != "constant",  # falls with the steps that are left
+        f"objective: {config.objective}": config.objective == "rejection_sampling",  # all candidates come first
+        "keep_best: true": config.keep_best,  # the weights from before are gone once a run is complete
+        f"start_weight: {config.start_weight}": config.start_weight > 0,
+    }
+    if found := [words for words, holds in reasons.items() if holds]:
+        raise UserError(
+            f"resume: a run with {', '.join(found)} cannot be given more max_steps: start a new one from its model"
+        )
+
+
+def set_model_aside(run_dir: Path) -> None:
+    """The model of fewer steps, under the number of them, until the extended run has one."""
+    if (run_dir / "model").is_dir():
+        steps = load_config(run_dir / "config.yaml").max_steps
+        if (run_dir / f"model-{steps}").exists():
+            remove_directory(run_dir / f"model-{steps}")
+        (run_dir / "model").rename(run_dir / f"model-{steps}")
+
+
 def check_calibration(config: TrainConfig, pairs: Sequence[TokenizedPair]) -> None:
     number = len({pair.prompt_ids for pair in pairs})
     if config.uses_score and config.score == "calibrated" and number < 2:
@@ -197,15 +243,22 @@ def check_resume(config: TrainConfig, folder: RunFolder, console: Console) -> Pa
     if not saved.is_file():
         raise UserError(f"resume: there is no run in {run_dir}; start it without --resume")
     processes.on_main(lambda: (folder.take(), refuse_links(run_dir)))
-    if (run_dir / "model").is_dir():
-        raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}")
     before = load_config(saved).model_dump()
-    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in (*MAY_CHANGE, *MAY_MOVE)]
+    grown = config.max_steps > before["max_steps"]
+    if (run_dir / "model").is_dir() and not grown:
+        raise UserError(
+            f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}; "
+            f"more than max_steps: {before['max_steps']} continue it"
+        )
+    may = (*MAY_CHANGE, *MAY_MOVE, "max_steps") if grown else (*MAY_CHANGE, *MAY_MOVE)
+    changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in may]
     if changed:
         raise UserError(
             f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
             f"only {', '.join(MAY_CHANGE)} may, and places: {', '.join(MAY_MOVE)}"
         )
+    if grown:
+        check_extension(config)
     if not states.checkpoints(run_dir):
         raise UserError(
             f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}, save_minutes: "

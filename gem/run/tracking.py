@@ -183,10 +183,22 @@ def read_metrics(path: Path, last_step: int) -> list[tuple[dict[str, Any], int]]
 
 
 def check_report_to(names: Sequence[str]) -> None:
-    """Raises for the first service that is not installed."""
+    """Raises for the first service that is not installed, or that no one is logged in to."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed: pip install {name}, or leave it out")
+    if "wandb" in names:
+        processes.on_main(_check_wandb)
+
+
+def _check_wandb() -> None:
+    import wandb
+
+    try:
+        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
+            wandb.login()
+    except Exception as error:  # no key, no network, a key that the server does not know
+        raise UserError(_cannot_begin("wandb", error)) from error
 
 
 def completion_rows(
@@ -334,5 +346,9 @@ def _open_sink(name: str, config: TrainConfig, run_dir: Path, resumed: bool) -> 
     except UserError:
         raise
     except Exception as error:  # no account, no server, a full disk: services fail in ways of their own
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"report_to: {name} cannot begin: {why}; set it up, or leave it out") from error
+        raise UserError(_cannot_begin(name, error)) from error
+
+
+def _cannot_begin(name: str, error: Exception) -> str:
+    why = " ".join(str(error).split())[:300]
+    return f"report_to: {name} cannot begin: {why}; set it up, or leave it out"

@@ -86,8 +86,11 @@ class Trainer:
         total, warmup = self.total_steps, self.settings.warmup_steps
         if self.num_steps < warmup:
             return self.base_rate * (self.num_steps + 1) / warmup
+        left = max(0.0, (total - self.num_steps) / max(1, total - warmup))
         if self.settings.lr_schedule == "linear":
-            return self.base_rate * max(0.0, (total - self.num_steps) / max(1, total - warmup))
+            return self.base_rate * left
+        if self.settings.lr_schedule == "cosine":
+            return self.base_rate * (1 - math.cos(math.pi * left)) / 2
         return self.base_rate
 
     def take_step(self, items: Sequence[Item], loss_of: Callable[[list[Item], float], Tensor]) -> StepResult:

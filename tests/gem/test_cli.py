@@ -102,7 +102,20 @@ def test_a_printed_config_is_read_back(preset, tmp_path, monkeypatch, capsys):
 def test_every_help_fits_a_screen(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERMINAL_WIDTH", str(columns))
-    for command in ("", "train", "calibrate", "evaluate", "score", "config", "data", "data arithmetic", "demo"):
+    for command in (
+        "",
+        "train",
+        "calibrate",
+        "evaluate",
+        "score",
+        "config",
+        "data",
+        "data arithmetic",
+        "demo",
+        "chat",
+        "merge",
+        "push",
+    ):
         code, out, _ = call([*command.split(), "--help"], monkeypatch, capsys)
         lines = out.rstrip().splitlines()
         assert code == 0 and "Usage:" in out

@@ -14,7 +14,19 @@ INTEGRATION = "gem_kernels.integrations.transformers"
 # From the bottom up, in the order the data moves: a room imports only from those before it.
 ROOMS = [
     *("errors", "terminal", "interrupt", "files", "config", "parallel", "progress", "data", "statistics", "model"),
-    *("rollout", "scoring", "update", "evaluation", "calibration", "report", "use", "checkpoint", "run", "loop"),
+    *(
+        "rollout",
+        "scoring",
+        "update",
+        "evaluation",
+        "calibration",
+        "report",
+        "use",
+        "checkpoint",
+        "run",
+        "plan",
+        "loop",
+    ),
     *("demo", "api", "cli", "__main__"),
 ]
 MOST_FLOORS = 13

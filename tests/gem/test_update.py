@@ -165,6 +165,9 @@ def test_learning_rate_warms_up_and_falls():
     assert rates() == [1.0] * 6
     assert rates(warmup_steps=2) == [0.5, 1, 1, 1, 1, 1]
     assert rates(warmup_steps=2, lr_schedule="linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    half = math.sqrt(0.5)
+    by_hand = [0.5, 1, 1, (1 + half) / 2, 0.5, (1 - half) / 2]
+    assert rates(warmup_steps=2, lr_schedule="cosine") == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported():
