@@ -26,9 +26,10 @@ if not torch.cuda.is_available():
 
 # Files that compare no floating-point numbers. `make test-numerics` runs all others again: the mark `numerical`.
 WITHOUT_NUMBERS = [
-    "docs/test_house", "faults/test_inputs_startup", "gem/test_arguments", "gem/test_arithmetic", "gem/test_cli",
-    "gem/test_config", "gem/test_data", "gem/test_imports", "kernels/test_imports", "kernels/test_machine_code",
-    "report/test_report_browser", "report/test_report_records",
+    "docs/test_house", "faults/test_inputs_hypothesis", "faults/test_inputs_startup", "faults/test_inputs_table",
+    "faults/test_inputs_vllm", "faults/test_inputs_warnings", "gem/test_arguments", "gem/test_arithmetic",
+    "gem/test_cli", "gem/test_config", "gem/test_data", "gem/test_imports", "kernels/test_imports",
+    "kernels/test_machine_code", "report/test_report_browser", "report/test_report_records",
 ]  # fmt: skip
 
 

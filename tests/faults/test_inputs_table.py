@@ -295,3 +295,28 @@ def test_more_pairs_than_there_are(tmp_path):
     code, _, errors = call("data", "arithmetic", "--pairs", 10**9, "--out", tmp_path / "p.jsonl")
     assert code == 2 and errors.count("\n") == 1 and "--pairs: expected at most" in errors
     assert list(tmp_path.iterdir()) == [] and Path(tmp_path).is_dir()
+
+
+@pytest.mark.parametrize(("number", "words"), [(13, "Permission denied"), (40, "Too many levels of symbolic links")])
+def test_a_place_that_cannot_be_looked_at(number, words, tmp_path, monkeypatch):
+    """As another user would see it: for root everything opens."""
+    real = Path.stat
+
+    def stat(self, **arguments):
+        if self.name == "closed":
+            raise OSError(number, words, str(self))
+        return real(self, **arguments)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    (tmp_path / "c.yaml").write_text(HEAD)
+    place = str(tmp_path / "closed")
+    for flags, key in (
+        (["train", tmp_path / "c.yaml", "--model", place], "config: model"),
+        (["train", tmp_path / "c.yaml", "--train_file", place], "config: train_file"),
+        (["train", tmp_path / "c.yaml", "--output_dir", place], "config: output_dir"),
+        (["train", place], "config"),
+        (["score", place, "org/data"], "model"),
+        (["evaluate", "org/model", place], "data"),
+    ):
+        code, _, errors = call(*flags)
+        assert code == 2 and errors == f"gem: {key}: cannot look at '{place}': {words}\n"
