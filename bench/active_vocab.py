@@ -129,7 +129,7 @@ def backward(gradient, hidden, weight, targets, a, threshold, rows_per_chunk, cl
     for i in range(0, len(hidden), rows_per_chunk):
         rows = slice(i, i + rows_per_chunk)
         chunk = Chunk(hidden[rows], targets[rows], options)
-        products.backward(gradient[rows], chunk, grad_hidden[rows], a[rows], torch.zeros_like(a[rows]))
+        products.backward(gradient[rows], chunk, grad_hidden[rows], a[rows].abs() / options.tau)
     grad_weight, _ = products.gradients()
     report = products.report(grad_hidden)
     return clock() - begin, grad_hidden, grad_weight, report

@@ -10,14 +10,20 @@ row kernels are replaced by functions that say what the kernels read and write. 
     bytes       allocated in all; the most at a time; both beside the inputs
     waits       the operations that wait for the device
 
-`standing_in` and `Counter` are what tests/kernels/test_counts.py counts with. Nothing here was measured on a GPU.
+`standing_in` and `Counter` are what tests/kernels/test_counts.py counts with. What stands beside a count was computed
+from the formulas of docs/kernels.md. Nothing here was measured on a GPU.
+
+TRL and Liger run where meta tensors let them. TRL has plain torch in place of its Triton kernel then: its products and
+its passes over V x D are those of a GPU, its passes over N x V and its launches are not.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -27,8 +33,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gem_kernels
 from gem_kernels.backends.types import RowStats
-from gem_kernels.linear import one_shot, products
+from gem_kernels.linear import head, one_shot, products
+
+from . import peers
+from .shapes import HEADS, Head
 
 META = torch.device("meta")
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique2", "_unique2"}
@@ -158,11 +168,10 @@ class Counter(TorchDispatchMode):
         if name.startswith("index") and any(x.dtype == torch.bool for x in on_device[1:]):  # x[mask]: a count
             found = True
         copied = None
-        to = torch.device(kwargs.get("device") or META)
-        if name == "_to_copy" and to == META:
-            copied = given[0]
-        elif name == "_to_copy" and on_device:
-            found = True
+        if name == "_to_copy":
+            to = torch.device(kwargs.get("device") or given[0].device)
+            copied = given[0] if to == META else None
+            found = bool(on_device) and to != META
         elif name == "copy_" and given[0].device == META:
             copied = given[1]
         if copied is not None and copied.device.type == "cpu" and copied.data_ptr() not in self.pinned:
@@ -183,7 +192,7 @@ class FromData(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function in self.FACTORIES and out.device == META and not isinstance((*args, None)[-2], Tensor):
+        if function in self.FACTORIES and out.device == META and out.numel() and not isinstance(args[-1], Tensor):
             counter = _counting()
             if counter is not None:
                 counter.waited(function.__name__)
@@ -229,3 +238,178 @@ def standing_in() -> Iterator[None]:
         patches.enter_context(mock.patch.object(Tensor, "pin_memory", pin_memory))
         patches.enter_context(FromData())
         yield
+
+
+# ---- the table
+
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A path, what needs a gradient in it, and how many candidates of how many tokens there are."""
+
+    name: str
+    call: Callable
+    needs: tuple[str, ...] = ("hidden", "weight")
+    length: int = 512
+    groups: int = 2
+    again: str = "never"
+    """Which logits are made again: "never"; "all"; "groups": those of a group but for its last chunk."""
+    scaled: bool = True
+    """The upstream scalar passes over dWeight."""
+
+    @property
+    def rows(self) -> int:
+        return self.groups * GROUP * self.length
+
+
+def _weigh(logprobs: Tensor, entropy: Tensor) -> Tensor:
+    return (logprobs + 0.1 * entropy).sum() / 1000
+
+
+def _stats(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    out = gem_kernels.linear_token_stats(hidden, weight, targets)
+    return _weigh(out.logprobs, out.entropy)
+
+
+def _policy(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return gem_kernels.fused_linear_policy_loss(hidden, weight, targets, _weigh).loss
+
+
+def _sega(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    shape = (case.groups * GROUP, case.length)
+    return gem_kernels.fused_linear_sega_loss(
+        hidden.view(*shape, -1),
+        weight,
+        targets.view(shape),
+        completion_mask=torch.ones(shape, dtype=torch.bool, device="cpu"),
+        answer_start=torch.empty(shape[0], dtype=torch.int64, device=META),
+        group_size=GROUP,
+    ).loss
+
+
+CASES = (
+    Case("statistics", _stats, ()),
+    Case("`linear_token_stats`", _stats, again="all", scaled=False),
+    Case("`fused_linear_policy_loss`", _policy),
+    Case("`fused_linear_policy_loss`, frozen head", _policy, ("hidden",)),
+    Case("`fused_linear_sega_loss`", _sega, again="groups"),
+    Case("`fused_linear_sega_loss`, frozen head, 8 x 4,096 tokens", _sega, ("hidden",), length=4096, groups=1),
+)
+
+
+def predicted(case: Case, n: int) -> tuple[float, float, float]:
+    """Products, passes over N x V and over V x D, at n rows a chunk."""
+    group = GROUP * case.length
+    chunks = again = math.ceil(case.rows / n)
+    share = 1.0 if case.again == "all" else 0.0
+    if case.again == "never":
+        again = 0
+    elif case.again == "groups":
+        in_group = math.ceil(group / n)
+        if in_group == 1:
+            chunks, again = math.ceil(case.groups / (n // group)), 0
+        else:
+            chunks, again, share = case.groups * in_group, case.groups * (in_group - 1), 1 - n / group
+    of_weight = "weight" in case.needs
+    made = 1 + share + len(case.needs)
+    logits = 2 + share + (2 + len(case.needs) if case.needs else 0)
+    weight = chunks + again + (chunks if "hidden" in case.needs else 0)
+    if of_weight:
+        weight += (1 if chunks == 1 else 2 * chunks - 1 + 2) + (2 if case.scaled else 0)
+    return made, logits, weight
+
+
+def counted(case: Case, shape: Head, function: Callable | None = None) -> Counter:
+    """One call, and its backward where something needs a gradient, on meta tensors, bfloat16."""
+    N, V, D = case.rows, shape.vocab, shape.hidden
+    hidden = torch.empty(N, D, dtype=torch.bfloat16, device=META, requires_grad="hidden" in case.needs)
+    weight = torch.empty(V, D, dtype=torch.bfloat16, device=META, requires_grad="weight" in case.needs)
+    targets = torch.empty(N, dtype=torch.int64, device=META)
+    counter = Counter(N, V, D)
+    with standing_in(), counter:
+        loss = (function or case.call)(case, hidden, weight, targets)
+        if case.needs:
+            loss.backward()
+    return counter
+
+
+def rows_a_chunk(shape: Head) -> int:
+    weight = torch.empty(shape.vocab, shape.hidden, dtype=torch.bfloat16, device=META)
+    given = head.HeadParameters(weight, None, torch.bfloat16, head.WORKSPACE_BYTES, tile_rows=head.TILE_ROWS)
+    return given.rows_per_chunk
+
+
+def _peer(load: Callable) -> Callable:
+    def call(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return _weigh(*load(META)(hidden, weight, targets, 1.0))
+
+    return call
+
+
+@contextlib.contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    asked = torch.is_autocast_enabled
+
+    def enabled(kind: str | None = None) -> bool:
+        return False if kind == "meta" else asked() if kind is None else asked(kind)
+
+    with mock.patch.object(torch, "is_autocast_enabled", enabled):
+        yield
+
+
+PEERS = (("TRL chunked head", peers.trl_chunked), ("Liger scaled CE", peers.liger_scaled))
+
+
+def lines(shape: Head, case: Case) -> Iterator[str]:
+    n = min(rows_a_chunk(shape), case.rows)
+    made, logits, weight = predicted(case, n)
+    found = counted(case, shape)
+    yield (
+        f"| {shape.name} | {case.name} | {case.rows} | {n} | {made:.2f} / {found.products:.2f} "
+        f"| {logits:.2f} / {found.logits_passes():.2f} | {weight:.0f} / {found.weight_passes():.1f} "
+        f"| {found.launches} | {found.allocated / 2**30:.2f} | {found.peak / 2**30:.2f} | {len(found.waits)} |"
+    )
+
+
+def peer_lines(shape: Head) -> Iterator[str]:
+    case = Case("", _stats)
+    for name, load in PEERS:
+        try:
+            with _no_autocast_on_meta():
+                found = counted(case, shape, _peer(load))
+        except Exception as error:
+            yield f"{name} does not run on meta tensors: {' '.join(str(error).split())[:90]}"
+            continue
+        yield (
+            f"| {shape.name} | {name} | {case.rows} | | {found.products:.2f} | | {found.weight_passes():.1f} | "
+            f"| {found.allocated / 2**30:.2f} | {found.peak / 2**30:.2f} | {len(found.waits)} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=[shape.name for shape in HEADS], help="one of the heads alone")
+    args = parser.parse_args()
+    print("Predicted / counted; bf16, the default workspace of a GPU; not measured on one.\n")
+    print(
+        "| head | path | rows | rows a chunk | products | N x V | V x D | launches | GiB made | GiB at most | waits |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    refused = set()
+    for shape in HEADS:
+        if args.head not in (None, shape.name):
+            continue
+        for case in CASES:
+            print(*lines(shape, case), sep="\n", flush=True)
+        for line in peer_lines(shape):
+            if line.startswith("|"):
+                print(line, flush=True)
+            else:
+                refused.add(line)
+    print("", *sorted(refused), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

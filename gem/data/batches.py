@@ -108,11 +108,14 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def on_device(batch: CompletionBatch, device: torch.device) -> CompletionBatch:
-    return CompletionBatch(
-        prompt_ids=batch.prompt_ids.to(device),
-        prompt_mask=batch.prompt_mask.to(device),
-        completion_ids=batch.completion_ids.to(device),
-        completion_mask=batch.completion_mask.to(device),
-        num_generations=batch.num_generations,
-    )
+def counted_rows(batch: CompletionBatch) -> Tensor:
+    """Indices of the completion tokens among all [B * T], ascending."""
+    return batch.completion_mask.flatten().nonzero().flatten()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: an accelerator fetches it from pinned memory. Batches stay on the CPU,
+    where masks can be looked at, and cross here."""
+    if tensor.device.type == "cpu" != device.type:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -30,10 +30,11 @@ from gem.data.batches import (
     CompletionBatch,
     TokenizedPair,
     collate_pairs,
+    counted_rows,
     counted_targets,
-    on_device,
     positions,
     select_groups,
+    to_device,
 )
 from gem.parallel import deepspeed, processes
 from gem.progress import Bar, advance
@@ -67,7 +68,8 @@ class Policy:
 
 def completion_stats(policy: Policy, batch: CompletionBatch, *, temperature: float = 1.0) -> TokenStats:
     """Log-prob and entropy (nats) of every completion token, [B, T] fp32, zero under the padding; differentiable."""
-    return _from_hidden(policy, batch, linear_token_stats, counted_targets, temperature=temperature)
+    known = _known_rows(policy, batch)
+    return _from_hidden(policy, batch, linear_token_stats, counted_targets, temperature=temperature, rows=known)
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def top_tokens(
         stop = min(start + batch_size, len(batch.prompt_ids))
         part, rows = select_groups(batch, range(start, stop))
         mask = part.completion_mask
-        hidden, head = completion_hidden(policy, on_device(part, policy.device))
+        hidden, head = completion_hidden(policy, part)
         counted = hidden[mask.to(hidden.device)]  # [N, D]
         found = []
         for chunk in counted.split(max(1, _TOP_LOGITS // len(head.weight))):
@@ -163,9 +165,9 @@ def completion_sega_loss(
         batch,
         fused_linear_sega_loss,
         lambda batch: batch.completion_ids,
-        completion_mask=batch.completion_mask.to(policy.device),
-        advantages=advantages.to(policy.device),
-        valid=valid.to(policy.device),
+        completion_mask=batch.completion_mask,
+        advantages=to_device(advantages, policy.device),
+        valid=to_device(valid, policy.device),
         loss_type=settings.loss_type,
         max_completion_length=settings.max_completion_length,
         denominator=denominator,
@@ -191,9 +193,15 @@ def completion_policy_loss(
         fused_linear_policy_loss,
         counted_targets,
         token_loss=token_loss,
-        token_inputs={name: value.to(policy.device) for name, value in token_inputs.items()},
+        token_inputs={name: to_device(value, policy.device) for name, value in token_inputs.items()},
         temperature=temperature,
+        rows=_known_rows(policy, batch),
     )
+
+
+def _known_rows(policy: Policy, batch: CompletionBatch) -> Tensor | None:
+    """The rows that count, for a device that would multiply padding too; a CPU looks for itself."""
+    return None if policy.device.type == "cpu" else counted_rows(batch)
 
 
 def _from_hidden(
@@ -204,19 +212,22 @@ def _from_hidden(
     **options: Any,
 ) -> Output:
     """fused(hidden states, head's weight, targets, what the head is besides, options): one forward of the model."""
-    batch = on_device(batch, policy.device)
+    ids = to_device(targets(batch), policy.device)
 
     def compute() -> Output:
         hidden, head = completion_hidden(policy, batch)
         more = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        return fused(hidden, head.weight, targets(batch), **more, **options)
+        return fused(hidden, head.weight, ids, **more, **options)
 
     return deepspeed.forward(policy.model, compute)
 
 
 def completion_hidden(policy: Policy, batch: CompletionBatch) -> tuple[Tensor, Head]:
-    """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it."""
-    model, width = policy.model, batch.completion_ids.shape[1]
+    """Last hidden states [B, T, D] and the head; row t predicts completion token t from all before it.
+
+    `batch` is on the CPU: what depends on its masks is found there, without a wait for the device.
+    """
+    model, width, device = policy.model, batch.completion_ids.shape[1], policy.device
     prompt_ids = batch.prompt_ids.repeat_interleave(batch.num_generations, 0)
     prompt_mask = batch.prompt_mask.repeat_interleave(batch.num_generations, 0)
     # The last completion token predicts nothing that is needed.
@@ -226,10 +237,11 @@ def completion_hidden(policy: Policy, batch: CompletionBatch) -> tuple[Tensor, H
     if policy.padding_free:
         mask = torch.cat([prompt_mask, batch.completion_mask[:, 1:]], 1)  # less the last token of each completion
         # No attention mask: positions that begin again at 0 tell the sequences apart.
-        packed = packed_lengths(model, mask.sum(1))
-        hidden, head = hidden_states_and_head(model, input_ids[mask][None], None, position_ids[mask][None], **packed)
+        packed = packed_lengths(model, mask.sum(1), device)
+        ids, places = (to_device(x[mask][None], device) for x in (input_ids, position_ids))
+        hidden, head = hidden_states_and_head(model, ids, None, places, **packed)
         rows = (mask.flatten().cumsum(0) - 1).view(mask.shape)[:, -width:]  # under the padding: any row
-        return hidden[0][rows], head
+        return hidden[0][to_device(rows, device)], head
     shared = batch.prompt_ids.shape[1] - 1  # the prompt's last token predicts the first answer token: it stays
     cache = prompt_cache(model, batch) if can_share_prompt(model) and batch.num_generations > 1 and shared else None
     if cache is None:
@@ -237,9 +249,9 @@ def completion_hidden(policy: Policy, batch: CompletionBatch) -> tuple[Tensor, H
     keep = {"logits_to_keep": width} if keeps_logits(model) else {}
     hidden, head = hidden_states_and_head(
         model,
-        input_ids[:, shared:],
-        mask.long(),
-        position_ids[:, shared:],
+        to_device(input_ids[:, shared:], device),
+        to_device(mask.long(), device),
+        to_device(position_ids[:, shared:], device),
         past_key_values=cache,
         use_cache=cache is not None,
         **keep,
@@ -247,13 +259,13 @@ def completion_hidden(policy: Policy, batch: CompletionBatch) -> tuple[Tensor, H
     return hidden[:, -width:], head
 
 
-def packed_lengths(model: nn.Module, lengths: Tensor) -> dict[str, Any]:
+def packed_lengths(model: nn.Module, lengths: Tensor, device: torch.device) -> dict[str, Any]:
     """What flash-attn asks of rows packed one after the other; transformers would wait for the device in every layer to
     find it. Other attention has no use for it."""
     flash = str(inner_model(model).config._attn_implementation).startswith("flash_attention")
     if not flash or "kwargs" not in _forward_arguments(model):
         return {}
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    bounds = to_device(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), device)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
@@ -262,12 +274,15 @@ def prompt_cache(model: nn.Module, batch: CompletionBatch) -> DynamicCache:
     """Keys and values of each prompt but its last token, repeated for its completions."""
     mask = batch.prompt_mask[:, :-1]
     model = inner_model(model)  # DistributedDataParallel counts one forward for each backward
+    ids, places, attended = (
+        to_device(x, model.device) for x in (batch.prompt_ids[:, :-1], positions(mask), mask.long())
+    )
     output = forward(
         model,
         1,
-        input_ids=batch.prompt_ids[:, :-1],
-        position_ids=positions(mask),
-        attention_mask=mask.long(),
+        input_ids=ids,
+        position_ids=places,
+        attention_mask=attended,
         past_key_values=DynamicCache(config=model.config),
         use_cache=True,
     )

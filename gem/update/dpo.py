@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gem.config.settings import DpoUpdate
-from gem.data.batches import TokenizedPair, collate_pairs
+from gem.data.batches import TokenizedPair, collate_pairs, to_device
 from gem.model.forward import completion_stats
 from gem.parallel import processes
 from gem.scoring.score import ScoredRollout
@@ -26,15 +26,17 @@ def dpo_step(
     `gem.model.forward.pair_logprobs`. Source: DPO (arXiv 2305.18290), Eq. 7.
     """
     order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)))
-    sums = torch.zeros(4, dtype=torch.float64)  # rewards of chosen and rejected, pairs won, ties counting half
+    # Rewards of chosen and rejected, pairs won, ties counting half; margins. Read once, at the step's end.
+    sums = torch.zeros(4, dtype=torch.float64, device=trainer.policy.device)
 
     def loss_of(members: list[int], weight: float) -> Tensor:
         batch = collate_pairs([pairs[i] for i in members], pad_id)
         logprobs = completion_stats(trainer.policy, batch).logprobs.sum(1).view(-1, 2)
-        rewards = settings.dpo_beta * (logprobs - ref_logprobs[members].to(logprobs))
+        of_reference = to_device(ref_logprobs[members].to(logprobs.dtype), logprobs.device)
+        rewards = settings.dpo_beta * (logprobs - of_reference)
         margins = rewards[:, 0] - rewards[:, 1]
         won = (margins.detach().sign() + 1) / 2
-        sums.add_(weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double().cpu())
+        sums.add_(weight * torch.stack([*rewards.detach().sum(0), won.sum(), margins.detach().sum()]).double())
         return -F.logsigmoid(margins).sum() / len(pairs)
 
     result = trainer.take_step(order, loss_of)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gem.config.settings import SegaUpdate
-from gem.data.batches import select_groups
+from gem.data.batches import select_groups, to_device
 from gem.model.forward import completion_policy_loss, completion_sega_loss
 from gem.parallel import processes
 from gem.scoring.score import ScoredRollout
@@ -72,17 +72,19 @@ def _clipped_iteration(
     trainer: Trainer, scored: ScoredRollout, settings: SegaUpdate, groups: list[int], inputs: dict[str, Tensor]
 ) -> StepResult:
     low, high = clip_range(settings.epsilon, settings.epsilon_high)
-    sums = torch.zeros(4, dtype=torch.float64)
+    device = trainer.policy.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # read once, at the step's end
 
     def token_loss(logprobs: Tensor, entropy: Tensor, **inputs: Tensor) -> Tensor:
         return clipped_loss(logprobs, **inputs, low=low, high=high, beta=settings.beta)
 
     def loss_of(members: list[int], weight: float) -> Tensor:
         part, rows = select_groups(scored.rollout.batch, members)
-        mine = {name: value[rows, : part.completion_ids.shape[1]] for name, value in inputs.items()}
+        width = part.completion_ids.shape[1]
+        mine = {name: to_device(value[rows, :width], device) for name, value in inputs.items()}
         output = completion_policy_loss(trainer.policy, part, token_loss, mine, temperature=settings.score_temperature)
         if weight:
-            sums.add_(drift_sums(output.logprobs.cpu(), mine, low, high))
+            sums.add_(drift_sums(output.logprobs, mine, low, high))
         return output.loss
 
     result = trainer.take_step(groups, loss_of)
@@ -134,12 +136,14 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def drift_sums(logprobs: Tensor, inputs: dict[str, Tensor], low: float, high: float) -> Tensor:
-    """[tokens that count, those clipped below, those clipped above, the sum of their k3], float64."""
+    """[tokens that count, those clipped below, those clipped above, the sum of their k3], float64; on any device."""
     counts = inputs["weights"] != 0
     ratio = (logprobs - inputs["old"]).exp()
     below = counts & (ratio < low) & (inputs["advantages"] < 0)
     above = counts & (ratio > high) & (inputs["advantages"] > 0)
-    kl = k3(logprobs.double(), inputs["ref"].double())[counts].sum() if "ref" in inputs else torch.zeros(())
+    kl = torch.zeros_like(ratio[:0].sum())
+    if "ref" in inputs:
+        kl = torch.where(counts, k3(logprobs.double(), inputs["ref"].double()), 0.0).sum()
     return torch.stack([counts.sum(), below.sum(), above.sum(), kl]).double()
 
 

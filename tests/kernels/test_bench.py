@@ -72,6 +72,19 @@ def test_our_sega_agrees_with_the_composed_one(path):
     assert row.facts["wrong"] == [] and set(row.facts["errors"]) == {"logprobs", "entropy", "dHidden", "dWeight"}
 
 
+@pytest.mark.parametrize("work", ["sega_padded", "sega_frozen"])
+def test_padding_and_a_frozen_head_agree_with_the_composed_way(work):
+    """One call, and statistics with autograd, by ours and by eager torch; a gradient of padding would be seen."""
+    found = {}
+    for entry in WORKS[work].entries:
+        if entry.adapter.name in ("eager", "gem_kernels", "gem_kernels one call"):
+            found |= contest(work, entry.adapter, loss=entry.loss)
+    assert len(found) == 3
+    expected = {"logprobs", "entropy", "dHidden", "dWeight"} - ({"dWeight"} if work == "sega_frozen" else set())
+    for row in found.values():
+        assert row.facts["wrong"] == [] and set(row.facts["errors"]) == expected
+
+
 def test_missing_peer_says_why(monkeypatch):
     def load(device):
         return peers.package("no_such_module", "no-such-package", device)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import gem_kernels
-from bench.counts import META, Counter, Waited, standing_in
+from bench.counts import CASES, META, Counter, Waited, counted, predicted, rows_a_chunk, standing_in
+from bench.shapes import Head
 from gem_kernels.linear import head, products
 
 B, T, V, D = 16, 64, 5000, 32
@@ -309,3 +310,17 @@ def test_functions_of_logits_do_not_wait():
         gem_kernels.fused_entropy_score(logits, targets, **spans())
         for denominator in (None, 3.0):
             gem_kernels.sega_loss(logits, targets, **spans(), denominator=denominator).loss.backward()
+
+
+# ---- the table of bench.counts
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_the_table_predicts_is_what_it_counts(case):
+    """Six chunks; a group of 8 x 512 tokens is three."""
+    shape = Head("wide", 300_000, 16)
+    assert rows_a_chunk(shape) == 1536
+    found = counted(case, shape)
+    made, logits, weight = predicted(case, 1536)
+    assert found.products == pytest.approx(made, rel=1e-3) and found.logits_passes() == pytest.approx(logits, rel=1e-3)
+    assert found.weight_passes() == pytest.approx(weight, abs=0.2) and found.waits == []
