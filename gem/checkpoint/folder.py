@@ -108,10 +108,15 @@ def refuse_links(run_dir: Path) -> None:
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                     continue
-                if path.parent == run_dir / "wandb" and name in _WANDB_LINKS:
+                if name in _WANDB_LINKS and _is_of_wandb(path.parent, run_dir / "wandb"):
                     continue
                 what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
                 raise UserError(f"resume: {path} is {what}, and none is followed in a run's folder; remove it")
+
+
+def _is_of_wandb(folder: Path, wandb: Path) -> bool:
+    """wandb's own folder, or that of the logs of one of its runs: links stand there, which nothing here writes to."""
+    return folder == wandb or (folder.name == "logs" and folder.parent.parent == wandb)
 
 
 def read_id(path: Path) -> str | None:

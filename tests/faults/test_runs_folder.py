@@ -53,7 +53,7 @@ def run_dir(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "config.yaml", "checkpoint-9", "tensorboard", "wandb", "x/y", "wandb/a"]
+    "name", ["metrics.jsonl", "config.yaml", "checkpoint-9", "tensorboard", "wandb", "x/y", "wandb/a", "debug.log"]
 )
 def test_a_link_in_a_run_is_refused(run_dir, tmp_path, name):
     outside = tmp_path / "precious"
@@ -69,6 +69,9 @@ def test_a_pipe_is_refused_and_wandbs_own_links_are_not(run_dir):
     (run_dir / "wandb").mkdir()
     (run_dir / "wandb" / "latest-run").symlink_to("run-1")
     (run_dir / "wandb" / "debug.log").symlink_to("/nowhere")
+    logs = run_dir / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/nowhere")
     refuse_links(run_dir)
     os.mkfifo(run_dir / "metrics.jsonl")  # to open it would wait for ever
     with pytest.raises(UserError, match=r"metrics\.jsonl is neither a file nor a directory"):
