@@ -70,7 +70,7 @@ def linear_token_stats(
         bias: [V], the same dtype, or None; -inf masks a word.
         logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
         logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
-            rounded (`mm` with `out_dtype` on a GPU).
+            rounded (`mm` with `out_dtype` on a GPU), for loops that compare with float32 logits, such as verl.
         workspace_bytes: the bound, in bytes: a chunk is workspace_bytes / (V * bytes of a logit) rows. None: 64 MiB on
             a CPU; 1 GiB on a GPU, in multiples of 256 rows (4,096 rows at V = 128,256 in bfloat16). Never more than the
             call has rows for.
