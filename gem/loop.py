@@ -127,8 +127,9 @@ def run_stage(stage: Stage, session: Session, state: RunState, points: SavePoint
     """
     config, guards = session.config, Guards(session.config)
     if state.stage_state is not None and state.stage_state["name"] == stage.name:
-        stage.load_state_dict(state.stage_state)
-        guards.load_state_dict(state.stage_state["guards"])
+        with states.fitting("the checkpoint"):
+            stage.load_state_dict(state.stage_state)
+            guards.load_state_dict(state.stage_state["guards"])
     else:
         state.stage, state.step = stage.name, 0
         if stage.is_objective and not gate_is_open(stage, state, measure_score(stage, state)):

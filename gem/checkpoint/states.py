@@ -10,6 +10,7 @@ process or the machine died. `state.pt` holds tensors, numbers, strings, lists a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -185,6 +186,18 @@ def check_state(path: Path, state: Any) -> None:
     best = progress.get("best")
     if best is not None and not (isinstance(best, str) and re.fullmatch("best-[0-9]{1,18}", best)):
         refuse(f"best: expected the name of a directory such as best-4, got {best!r}")
+
+
+@contextlib.contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """What a checkpoint's state makes fail is the checkpoint's fault: whole files can hold what fits no run."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"resume: {name} holds a state that does not fit this run ({why}); remove it to use the one before"
+        ) from error
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -294,18 +294,19 @@ def restore(path: Path, model: nn.Module, data: str, score: str, console: Consol
             "launch as many as before"
         )
     before, now = saved["machine"], machine()
-    other = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
+    other = [f"{key} {before.get(key)} (now {now[key]})" for key in now if before.get(key) != now[key]]
     if other:
         console.print(
             f"The run began with {', '.join(other)}: what follows is not the uninterrupted run to the bit. "
-            f"OMP_NUM_THREADS={before['threads']} sets the number of threads",
+            f"OMP_NUM_THREADS={before.get('threads')} sets the number of threads",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     processes.on_main(lambda: states.remove_leftovers(path.parent))
-    states.restore_parameters(model, parameters)
-    processes.restore_random_state(saved["random"][processes.rank()])
-    state = from_tree(RunState, saved["progress"])
-    state.stage_state = saved["stage_state"]
+    with states.fitting(path.name):
+        states.restore_parameters(model, parameters)
+        processes.restore_random_state(saved["random"][processes.rank()])
+        state = from_tree(RunState, saved["progress"])
+        state.stage_state = saved["stage_state"]
     console.print(f"Continuing from {path.name}: {state.stage}, step {state.step}", highlight=False)
     return state, saved["offsets"]
 
