@@ -28,7 +28,8 @@ if not torch.cuda.is_available():
 WITHOUT_NUMBERS = [
     "docs/test_house", "faults/test_inputs_hypothesis", "faults/test_inputs_startup", "faults/test_inputs_table",
     "faults/test_inputs_vllm", "faults/test_inputs_warnings", "gem/test_arguments", "gem/test_arithmetic",
-    "gem/test_cli", "gem/test_config", "gem/test_data", "gem/test_imports", "kernels/test_imports",
+    "gem/test_cli", "gem/test_config", "gem/test_data", "gem/test_imports", "gem/test_waits",
+    "kernels/test_imports",
     "kernels/test_machine_code", "report/test_report_browser", "report/test_report_records",
 ]  # fmt: skip
 

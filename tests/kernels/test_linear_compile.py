@@ -61,7 +61,16 @@ def policy(hidden, weight, targets, temperature=1.0, softcap=9.0):
     return out.loss, out.entropy
 
 
-FUNCTIONS = {f.__name__: f for f in (stats, score, sega, policy)}
+def packed(hidden, weight, targets, temperature=1.0, softcap=9.0):
+    B, T = targets.shape
+    layout = {"cu_seqlens": torch.arange(B + 1, dtype=torch.int32) * T, "answer_start": torch.full((B,), T - 3)}
+    out = gem_kernels.fused_linear_entropy_score(
+        (hidden * 2).flatten(0, 1), weight, targets.flatten(), **layout, group_size=2, temperature=temperature
+    )
+    return (out.advantages.repeat_interleave(T) * out.logprobs).sum(), out.score
+
+
+FUNCTIONS = {f.__name__: f for f in (stats, score, packed, sega, policy)}
 
 
 def run(function, given, *more):
