@@ -59,7 +59,7 @@ CONFIGURATIONS = {
     },
 }
 TIMES = ("step_time", "eval/seconds")
-FAULTS = ("kill", "kill", "signal", "signal twice", "full disk", "full disk", "damage", "race", "move", "read-only")
+FAULTS = ("kill", "kill", "signal", "signal", "signal twice", "full disk", "damage", "race", "move", "read-only")
 CODES = {0, 2, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))}
 
 
@@ -74,6 +74,7 @@ class Storm:
         self.folder, self.random = folder, random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self.mounted = False
+        self.deck: list[str] = []
         self.seconds: dict[str, float] = {}  # of the unbroken run of each configuration
 
     # One process
@@ -251,10 +252,17 @@ class Storm:
             self.seconds[name] = time.monotonic() - begin
         return path
 
+    def draw(self) -> str:
+        """From a shuffled deck of all faults: a short storm has each of them too."""
+        if not self.deck:
+            self.deck = list(FAULTS)
+            self.random.shuffle(self.deck)
+        return self.deck.pop()
+
     def case(self, number: int) -> None:
         name, draw = self.random.choice(list(CONFIGURATIONS)), self.random
         expected, run = self.unbroken(name), f"case-{number}"
-        faults = [draw.choice(FAULTS) for _ in range(draw.randint(1, 4))]
+        faults = [self.draw() for _ in range(draw.randint(1, 4))]
         print(f"case {number}: {name}: {', '.join(faults)}", flush=True)
         for fault in faults:
             if (self.folder / "disk" / run / "model").is_dir():
