@@ -90,8 +90,10 @@ class Storm:
         """The exit code, once it is known to be one that is promised, with its one line."""
         fork.wait(120)
         code, lines = fork.returncode, [line for line in fork.output.splitlines() if line.startswith("gem: ")]
-        if code is not None and -code in killed_by and (-code == signal.SIGKILL or not fork.output):
-            return code  # it was killed, or had not begun to be gem yet
+        if code == -signal.SIGKILL and signal.SIGKILL in killed_by:
+            return code
+        if not fork.output and killed_by and code in (1, *(-number for number in killed_by)):
+            return code  # it had not begun to be gem yet; 1 is how a fork's own start ends on SIGINT
         if code not in CODES or "Traceback" in fork.output:
             raise Wrong(f"exit code {code}:\n{fork.output}")
         last = [line for line in lines if "the run ends after this step" not in line]
