@@ -94,6 +94,8 @@ class Storm:
             return code
         if not fork.output and killed_by and code in (1, *(-number for number in killed_by)):
             return code  # it had not begun to be gem yet; 1 is how a fork's own start ends on SIGINT
+        if -code in killed_by and ("gem: ended by" in fork.output or "\nRun: " in fork.output):
+            return code  # a signal on its last steps out, after all was said
         if code not in CODES or "Traceback" in fork.output:
             raise Wrong(f"exit code {code}:\n{fork.output}")
         last = [line for line in lines if "the run ends after this step" not in line]

@@ -410,3 +410,6 @@ def test_a_command_that_is_ended_says_so_in_one_line(monkeypatch, capsys, number
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 128 + number and capsys.readouterr().err == f"gem: ended by {number.name}\n"
+    assert (
+        signal.getsignal(number) == signal.SIG_DFL
+    )  # one more ends it at once, without a trace from the exit's own work
