@@ -23,8 +23,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def end_with_a_line() -> Iterator[None]:
     """Within, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`. One that is ignored (nohup) stays ignored.
 
-    Afterwards the process ends, and a signal ends it at once: Python's own handler would raise within the functions that
-    run at the exit, and print a trace.
+    Afterwards the process ends, and a signal ends it at once: Python's own handler would raise within what runs at the
+    exit, and print a trace.
     """
     mine = [number for number in SIGNALS if _can_be_set(number)]
     for number in mine:
