@@ -6,6 +6,9 @@ what trainers write: logits, log_softmax, softmax, entropy, gather, loss, autogr
 
     sega      SEGA, groups of 4: advantages from the entropies, which get no gradient
     policy    clipped policy gradient with an entropy bonus: gradients through both
+    frozen    SEGA of one prompt with 8 candidates, where the head needs no gradient; against statistics with autograd
+
+`--work` runs one of them.
 
 `--long` runs 65,536 rows at V = 152,064 and D = 64: what it takes, and how little memory.
 """
@@ -124,9 +127,32 @@ def two_phase_policy(hidden, weight, targets):
     return token_loss(stats.logprobs, stats.entropy, **constants(targets))
 
 
+def frozen_layout(rows):
+    length = rows // 8
+    offsets = torch.arange(9, dtype=torch.int32) * length
+    return {"cu_seqlens": offsets, "answer_start": torch.full((8,), 4 * length // 5)}
+
+
+def frozen_two_phase(hidden, weight, targets):
+    """The statistics, whose backward makes the logits again: 3 products."""
+    layout = frozen_layout(len(targets))
+    out = gem_kernels.fused_linear_entropy_score(hidden, weight.detach(), targets, group_size=8, **layout)
+    lengths = (layout["cu_seqlens"][1:] - layout["cu_seqlens"][:-1]).long()
+    return -(out.advantages.repeat_interleave(lengths) * out.logprobs).sum() / 8
+
+
+def frozen_one_shot(hidden, weight, targets):
+    """2 products, at the default workspace, which holds a part of the group."""
+    layout = frozen_layout(len(targets))
+    out = gem_kernels.fused_linear_sega_loss(hidden, weight.detach(), targets, group_size=8, **layout)
+    assert out.path == "one_shot"
+    return out.loss
+
+
 RIVALS = {
     "sega": (eager_sega, own_sega, one_shot_sega, two_phase_sega),
     "policy": (eager_policy, one_shot_policy, two_phase_policy),
+    "frozen": (frozen_two_phase, frozen_one_shot),
 }
 BY_NAME = {f.__name__: f for rivals in RIVALS.values() for f in rivals}
 
@@ -195,6 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--work", choices=sorted(RIVALS), help="one of them alone")
     parser.add_argument("--child", choices=sorted(BY_NAME), help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; with --threads 1 only")
     args = parser.parse_args()
@@ -214,7 +241,9 @@ def main() -> None:
     clock = "CPU time" if args.cpu_time else "wall clock"
     print(f"N {args.rows}, V {args.vocab}, D {args.hidden}, {args.dtype}; {clock}, median of {args.repeats} in turn")
     data = inputs(args.rows, args.vocab, args.hidden, getattr(torch, args.dtype))
-    for rivals in RIVALS.values():
+    for name, rivals in RIVALS.items():
+        if args.work not in (None, name):
+            continue
         times = {function: [] for function in rivals}
         for repeat in range(args.repeats + 1):
             for function in rivals:
@@ -228,7 +257,7 @@ def main() -> None:
             median = statistics.median(times[function])
             print(
                 f"{function.__name__:17} {median:8.0f} ms  {base / median:5.2f} times as fast   "
-                f"extra {memory[function] / 2**20:6.0f} MiB  {memory[function] / base_memory:5.2f} of eager's"
+                f"extra {memory[function] / 2**20:6.0f} MiB  {memory[function] / base_memory:5.2f} of the first's"
             )
 
 

@@ -33,13 +33,15 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def compile_kernel(spec: catalogue.KernelSpec, target: str):
     """A catalogue entry -> triton's compiled kernel. Pointers count as 16-byte aligned, as torch allocates them."""
     constants = dict(spec.constexprs)
-    if target == "gfx942" and "PTX" in constants:
-        constants["PTX"] = False
+    if target == "gfx942":  # as launch.py does on AMD
+        constants |= {name: False for name in ("PTX", "ORDERED") if name in constants}
     names = spec.kernel.arg_names
     signature = {n: spec.signature.get(n, "constexpr") for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.maxnreg and target != "gfx942":
+        options["maxnreg"] = spec.maxnreg
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -57,6 +59,11 @@ def resources(compiled) -> dict[str, int]:
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
         "local_bytes": int(re.search(r"LOCAL:(\d+)", text)[1]) + int(re.search(r"STACK:(\d+)", text)[1]),
     }
+
+
+def amd_barriers(compiled) -> int:
+    """Barriers in gfx942's code. They do not wait for stores to memory, so no kernel may need them for that."""
+    return len(re.findall(r"^\s*s_barrier", compiled.asm["amdgcn"], re.M))
 
 
 def instructions(compiled) -> list[tuple[int, str]]:
@@ -117,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             for target in TARGETS:
                 compiled = compile_kernel(spec, target)
                 row = {"kernel": spec.name, "target": target, "compiled": True}
-                rows.append(row | (resources(compiled) if target != "gfx942" else {}))
+                amd = target == "gfx942"
+                rows.append(row | ({"barriers": amd_barriers(compiled)} if amd else resources(compiled)))
     for row in rows:
         print(json.dumps(row) if args.json else "  ".join(f"{k}={v}" for k, v in row.items()))
 

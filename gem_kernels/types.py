@@ -166,7 +166,7 @@ class SegaOutput:
     entropy: Tensor
     path: str = "logits"
     """How the gradients were made: "logits", "one_shot" (3 products with the head, 2 where it is frozen) or "two_phase"
-    (3 to 4). A product is 2 N D V flop."""
+    (3 to 4); under torch.compile "compiled": which of the last two is found at run time. A product is 2 N D V flop."""
     active_share: Tensor | None = None
     """With `active_vocab`: the share of the vocabulary's columns that was kept, averaged over rows."""
     active_error: Tensor | None = None

@@ -30,8 +30,8 @@ WITHOUT_NUMBERS = [
     "docs/test_house", "faults/test_inputs_hypothesis", "faults/test_inputs_startup", "faults/test_inputs_table",
     "faults/test_inputs_vllm", "faults/test_inputs_warnings", "faults/test_runs_folder", "faults/test_runs_storm",
     "gem/test_arguments", "gem/test_arithmetic", "gem/test_cli", "gem/test_config", "gem/test_data",
-    "gem/test_imports", "kernels/test_imports", "kernels/test_machine_code", "report/test_report_browser",
-    "report/test_report_records",
+    "gem/test_imports", "gem/test_waits", "kernels/test_imports", "kernels/test_machine_code",
+    "report/test_report_browser", "report/test_report_records",
 ]  # fmt: skip
 
 

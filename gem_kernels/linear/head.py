@@ -97,6 +97,9 @@ class HostLayout(NamedTuple):
 def host_layout(targets: Tensor, mask: Any, cu_seqlens: Any) -> HostLayout:
     """A mask or offsets that are on the CPU while `targets` is on a GPU are copied there."""
     rows = offsets = None
+    if torch.compiler.is_compiling():  # a look at values would break the graph
+        moved = (x.to(targets.device) if isinstance(x, Tensor) else x for x in (mask, cu_seqlens))
+        return HostLayout(next(moved), next(moved), None, None)
     gpu = arguments.on_gpu(targets)
     if isinstance(mask, Tensor) and gpu and mask.device.type == "cpu":
         arguments.check_tensor("completion_mask", mask, shape=targets.shape, dtypes=(torch.bool,))

@@ -155,8 +155,10 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def needs_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of them need a gradient. They may not be checked yet."""
     on = torch.is_grad_enabled()
-    return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+    needs = (on and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias))
+    return next(needs), next(needs), next(needs)
 
 
 def reported(report: Report | None) -> dict[str, Any]:
@@ -170,10 +172,14 @@ def reported(report: Report | None) -> dict[str, Any]:
     }
 
 
-def attach(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, rows: TokenRows, gradients: Gradients
-) -> Tensor:
+def spread(gradients: Gradients, hidden: Tensor, rows: TokenRows) -> Gradients:
+    """With dHidden shaped like `hidden`, zeros where a row was dropped."""
     grad_hidden = gradients[0]
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden).view(hidden.shape)
-    return _Precomputed.apply(hidden, weight, bias, loss, (grad_hidden, *gradients[1:]))
+    return (grad_hidden, *gradients[1:])
+
+
+def attach(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, gradients: Gradients) -> Tensor:
+    """The loss, whose backward gives these gradients times the upstream scalar."""
+    return _Precomputed.apply(hidden, weight, bias, loss, gradients)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import arguments
 from ..types import PolicyLossOutput, VocabParallel
+from . import operators
 from .head import LinearArguments, TokenRows, check_head, token_rows
-from .one_shot import OneShot, attach, needs_of, reported
+from .one_shot import OneShot, attach, needs_of, reported, spread
 
 
-@arguments.not_compiled
 def fused_linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -48,7 +48,9 @@ def fused_linear_policy_loss(
         token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
             over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. It gives a
             gradient to its first two arguments alone. On the CPU it does not see ignored tokens; on a GPU it sees those
-            among `rows` with logprob and entropy 0, and drops their gradient.
+            among `rows` with logprob and entropy 0, and drops their gradient. Under torch.compile it is traced with
+            what is around it and called once, for all tokens, ignored ones as on a GPU; its gradient comes later, so
+            the loss then costs 4 products (3 where the head is frozen).
         token_inputs: tensors shaped [..., *] like `targets` in their leading axes (old log-probs, advantages, masks);
             the rows of the chunk are passed by keyword. They get no gradient.
 
@@ -73,13 +75,38 @@ def fused_linear_policy_loss(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
         vocab_parallel, backend, active_vocab, rows,
     )  # fmt: skip
+    if operators.usable(given):
+        return _compiled(given, token_loss, token_inputs or {})
+    return _eager(given, token_loss, token_inputs or {})
+
+
+def _compiled(
+    given: LinearArguments, token_loss: Callable[..., Tensor], inputs: Mapping[str, Tensor]
+) -> PolicyLossOutput:
+    """The loss is traced with what is around it, so its gradient comes after the statistics of all rows."""
+    stats = operators.token_stats(given)
+    counts = given.targets != given.ignore_index
+    if given.rows is not None:
+        flat = torch.zeros(counts.numel(), dtype=torch.bool, device=counts.device)
+        counts = counts & flat.index_fill(0, given.rows.to(counts.device), True).view(counts.shape)
+    vectors = [torch.where(counts, x, 0.0).reshape(-1) for x in (stats.logprobs, stats.entropy)]
+    axes = given.targets.dim()
+    loss = token_loss(*vectors, **{k: v.reshape(-1, *v.shape[axes:]) for k, v in inputs.items()})
+    return PolicyLossOutput(loss.reshape(()).float(), stats.logprobs.detach(), stats.entropy.detach())
+
+
+@arguments.not_compiled
+def _eager(
+    given: LinearArguments, token_loss: Callable[..., Tensor], token_inputs: Mapping[str, Tensor]
+) -> PolicyLossOutput:
+    hidden, weight, bias, targets, rows = given.hidden, given.weight, given.bias, given.targets, given.rows
     head, options = check_head(given)
     if not callable(token_loss):
         arguments.fail(
             "token_loss", "a function (logprobs, entropy, **token_inputs) -> scalar", type(token_loss).__name__
         )
     tokens = token_rows(hidden.detach(), targets, head, options, rows)
-    inputs = _flat_inputs(token_inputs or {}, targets, tokens)
+    inputs = _flat_inputs(token_inputs, targets, tokens)
     shot = OneShot(tokens, head, needs_of(hidden, weight, bias))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     out = torch.zeros(2, len(tokens), dtype=torch.float32, device=hidden.device)
@@ -91,7 +118,7 @@ def fused_linear_policy_loss(
         loss += part
         shot.gradients(entropy, a, b)
     gradients, report = shot.finish(), reported(shot.report())
-    loss = attach(hidden, weight, bias, loss, tokens, gradients)
+    loss = attach(hidden, weight, bias, loss, spread(gradients, hidden, tokens))
     return PolicyLossOutput(loss, *(tokens.spread(x).view(targets.shape) for x in out), **report)
 
 

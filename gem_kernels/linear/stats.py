@@ -11,6 +11,7 @@ from .. import arguments
 from ..backends.types import RowGradients
 from ..scores import Spans, completion_scores, counted_targets, with_advantages
 from ..types import EntropyScoreOutput, LinearScore, TokenStats, VocabParallel
+from . import operators
 from .head import LinearArguments, check_head, host_layout, token_rows
 from .products import statistics, statistics_backward
 
@@ -36,7 +37,6 @@ class _LinearTokenStats(torch.autograd.Function):
         return grad_hidden, grads[1], grads[2], None, None, None, None
 
 
-@arguments.not_compiled
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -70,7 +70,7 @@ def linear_token_stats(
         bias: [V], the same dtype, or None; -inf masks a word.
         logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
         logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
-            rounded (`mm` with `out_dtype` on a GPU).
+            rounded (`mm` with `out_dtype` on a GPU), for loops that compare with float32 logits, such as verl.
         workspace_bytes: the bound, in bytes: a chunk is workspace_bytes / (V * bytes of a logit) rows. None: 64 MiB on
             a CPU; 1 GiB on a GPU, in multiples of 256 rows (4,096 rows at V = 128,256 in bfloat16). Never more than the
             call has rows for.
@@ -98,8 +98,16 @@ def linear_token_stats(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
         vocab_parallel, backend, active_vocab, rows,
     )  # fmt: skip
+    if operators.usable(given):
+        return operators.token_stats(given)
+    return _eager(given)
+
+
+@arguments.not_compiled
+def _eager(given: LinearArguments) -> TokenStats:
     head, options = check_head(given)
-    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, head, options, rows))
+    inputs = (given.hidden, given.weight, given.bias, given.targets)
+    return TokenStats(*_LinearTokenStats.apply(*inputs, head, options, given.rows))
 
 
 def fused_linear_entropy_score(

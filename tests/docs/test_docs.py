@@ -54,7 +54,7 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "scores"}
+    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "verl", "scores"}
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -80,6 +80,22 @@ def test_a_loss_and_its_gradients(block, names):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, p in model.named_parameters():
         assert_near(p.grad, expected[name], 2.0**-14, name, floor=1e-3 * largest)
+
+
+def test_verl():
+    """Within float32 of float64 on bfloat16 inputs, where bfloat16 logits are not."""
+    names = {}
+    exec(BLOCKS["verl"], names)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 9, 64, generator=generator).bfloat16()
+    weight = torch.randn(301, 64, generator=generator).mul(0.4).bfloat16()
+    ids = torch.randint(0, 301, (1, 9), generator=generator)
+    logp = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)
+    exact = (logp.gather(-1, ids[..., None])[..., 0].float(), -(logp.exp() * logp).sum(-1).float())
+    for got, want in zip(names["FusedLinearForPPO"]()(hidden, weight, ids, 0.7), exact):
+        assert_near(got, want, 2.0**-20)
+    rounded = names["linear_token_stats"](hidden, weight, ids, temperature=0.7)
+    assert (rounded.logprobs - exact[0]).abs().max() > 2.0**-10
 
 
 def test_scores(names):

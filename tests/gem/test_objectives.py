@@ -149,7 +149,11 @@ def test_kl_runs_groups_without_advantages_and_needs_the_start():
     scored, ref = off_policy(scored_rollout())
     scored = dataclasses.replace(scored, advantages=torch.zeros_like(scored.advantages))
     model = tiny_model()
-    assert sega_step(Recorder(model), scored, SegaUpdate()) is NO_STEP
+    for beta in (0.0, 0.1):  # of weights that have not moved the KL term is rounding noise
+        assert sega_step(Recorder(model), scored, SegaUpdate(beta=beta), ref_logprobs=ref) is NO_STEP
+    advantages = torch.zeros_like(scored.advantages)
+    advantages[:2] = torch.tensor([1.0, -1.0])
+    scored = dataclasses.replace(scored, advantages=advantages)
     trainer = Recorder(model)
     result = sega_step(trainer, scored, SegaUpdate(beta=0.1), ref_logprobs=ref)
     assert result.num_sequences == 12 and trainer.gradient.norm() > 0

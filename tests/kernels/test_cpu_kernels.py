@@ -353,9 +353,14 @@ def test_plain_path_holds_a_tenth_of_the_logits_at_most(softcap, dtype):
     assert 0 < memory.peak < 0.1 * logits.nbytes
 
 
+FLAGS = build.FLAGS
+UNOPTIMISED = tuple(flag.replace("-O3", "-O0") for flag in FLAGS)
+
+
 @pytest.fixture
 def fresh_build(monkeypatch, tmp_path):
-    """build.py as at import, with an empty cache folder."""
+    """build.py as at import, with an empty cache folder; the compiler does not optimise, which takes half its time."""
+    monkeypatch.setattr(build, "FLAGS", UNOPTIMISED)
     monkeypatch.setenv("GEM_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GEM_KERNELS_NO_COMPILE", raising=False)
     for name, value in (("_library", None), ("_reason", None), ("_tried", False)):
@@ -416,7 +421,10 @@ def test_threads_that_build_at_once_build_once(fresh_build, monkeypatch):
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
 def test_processes_that_build_at_once(fresh_build):
     """build.py needs no torch, so it is run by itself."""
-    code = "import runpy, sys; assert runpy.run_path(sys.argv[1])['load']() is not None"
+    code = (
+        "import runpy, sys; load = runpy.run_path(sys.argv[1])['load'];"
+        f"load.__globals__['FLAGS'] = {UNOPTIMISED!r}; assert load() is not None"
+    )
     command = [sys.executable, "-W", "error", "-c", code, build.__file__]
     for process in [subprocess.Popen(command) for _ in range(3)]:
         assert process.wait(timeout=600) == 0
@@ -505,7 +513,7 @@ def test_narrower_vectors(machine, fresh_build, monkeypatch):
     """The code for machines without AVX-512, and without AVX, F16C and FMA, computes the same."""
     if os.uname().machine != "x86_64":
         pytest.skip("x86-64 flags")
-    flags = tuple(machine if flag == "-march=native" else flag for flag in build.FLAGS)
+    flags = tuple(machine if flag == "-march=native" else flag for flag in FLAGS)
     monkeypatch.setattr(build, "FLAGS", flags)
     if machine.endswith("v3") and "avx2" not in build._cpu_features():
         pytest.skip("this machine has no AVX2")

@@ -109,7 +109,7 @@ def sequences(draw):
 
 
 @given(problem=sequences(), holes=st.booleans())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @each_backend
 def test_any_sequences_in_both_layouts(backend, problem, holes):
     tokens, mask, arguments = problem

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import row_stats, span_scores
+from .launch import MOST_REGISTERS
 
 STATS = dict.fromkeys(("logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr"), "*fp32")
 ROW = {
@@ -33,6 +34,7 @@ class KernelSpec:
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 8
     num_stages: int = 3
+    maxnreg: int | None = None
     streaming: bool = False
     """Its inner loop is counted by bench.sass."""
 
@@ -68,7 +70,7 @@ def kernels() -> list[KernelSpec]:
                     f"combine_{name}",
                     row_stats.row_stats_combine,
                     {"logits_ptr": f"*{dtype}", "partial_ptr": "*fp32", "n_splits": "i32", **ROW, **STATS},
-                    {**variant, "MAX_SPLITS": row_stats.MAX_SPLITS},
+                    {**variant, "MAX_SPLITS": row_stats.MAX_SPLITS, "PTX": True},
                     1,
                 )
             )
@@ -88,11 +90,16 @@ def kernels() -> list[KernelSpec]:
                         **ROW,
                         **{k: v for k, v in STATS.items() if k != "logprob_ptr"},
                     },
-                    {**variant, **blocks, "ALIKE": True},
+                    {**variant, **blocks, "ALIKE": True, "ORDERED": True},
                     launch.num_warps,
                     streaming=True,
                 )
             )
+    specs += [
+        replace(spec, name=f"{spec.name}_occupancy_4", maxnreg=MOST_REGISTERS)
+        for spec in specs
+        if spec.name in ("forward_bf16", "forward_bf16_split", "forward_fp16", "forward_fp32")
+    ]
     apart = next(s for s in specs if s.name == "backward_bf16")
     specs.append(
         replace(

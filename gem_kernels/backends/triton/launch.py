@@ -9,15 +9,22 @@ from ..types import Completions, RowGradients, RowOptions, RowStats, ScoreRule
 from . import row_stats
 from . import span_scores as spans
 
-# Rows are cut among several programs until this many programs share each multiprocessor.
-PROGRAMS_PER_SM = 2
+OCCUPANCY = 2
+"""Programs of the forward pass on each multiprocessor, and rows are cut among several until there are so many.
+
+2: with the registers that the compiler likes (93 of a bf16 pass on sm_90). 4: with MOST_REGISTERS, for 0.2 instructions
+an element more and no spill, except under a softcap, which would spill. To be decided by a run on a GPU.
+"""
+MOST_REGISTERS = 64
+ORDERED = torch.version.hip is None
+"""A barrier of the threads of a program waits for their stores to memory. gfx942's does not (seen in its code)."""
 
 
 def _split_count(n_rows: int, V: int, block: int, device: torch.device) -> int:
     """Programs per row: 1 when the rows alone fill the device, else enough to fill it, each with a block at least."""
     if device.type != "cuda":
         return 1
-    programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    programs = OCCUPANCY * torch.cuda.get_device_properties(device).multi_processor_count
     if n_rows >= programs:
         return 1
     return max(1, min(64, -(-programs // n_rows), V // block))
@@ -82,9 +89,9 @@ def row_stats_forward(
             LANES=launch.lanes,
             ALIGN=launch.align,
             num_warps=launch.num_warps,
+            **({"maxnreg": MOST_REGISTERS} if OCCUPANCY == 4 and constants["PTX"] and options.softcap is None else {}),
         )
         if splits > 1:
-            del constants["PTX"]
             row_stats.row_stats_combine[(N,)](
                 *args,
                 *shape,
@@ -140,6 +147,7 @@ def row_stats_backward(
             options.ignore_index,
             **_options(rows, options),
             ALIKE=alike,
+            ORDERED=ORDERED,
             BLOCK=block,
             ALIGN=launch.align,
             num_warps=launch.num_warps,

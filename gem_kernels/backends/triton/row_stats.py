@@ -57,13 +57,36 @@ def _exp2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _logit(x, softcap, SOFTCAP: tl.constexpr):
-    """Softcap in fp32: c tanh(x/c) = c - 2c / (1 + e^(2x/c)); +inf passes, and what is below FLOOR becomes it."""
+def _reciprocal(x, PTX: tl.constexpr):
+    """1 / x. PTX: one instruction, to the last bit but one, instead of eight."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _bend(x, softcap, PTX: tl.constexpr):
+    """r = 1 / (1 + e^(2x/c)), from which come c tanh(x/c) = c - 2c r and its slope 1 - tanh^2 = 4 r (1 - r)."""
+    return _reciprocal(1.0 + _exp2(x * (2.0 * LOG2E / softcap), PTX), PTX)
+
+
+@triton.jit
+def _capped(x, r, softcap):
+    """c tanh(x/c), FLOOR of a masked word, and NaN of +inf, whose row is NaN in any case (x * 0 costs least)."""
+    return tl.where(x <= FLOOR, FLOOR, tl.fma(x, 0.0, tl.fma(-2.0 * softcap, r, softcap)))
+
+
+@triton.jit
+def _logit(x, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
+    """The logit in fp32, after the softcap; what is below FLOOR becomes it."""
     x = x.to(tl.float32)
     if SOFTCAP:
-        capped = softcap - 2.0 * softcap / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
-        x = tl.where((x <= FLOOR) | (x == INF), x, capped)
-    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        return _capped(x, _bend(x, softcap, PTX), softcap)
+    else:
+        return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -90,7 +113,7 @@ def _logits(x, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
             pack=2,
         )
     else:
-        return _logit(x, softcap, SOFTCAP)
+        return _logit(x, softcap, SOFTCAP, PTX)
 
 
 @triton.jit
@@ -234,7 +257,7 @@ def row_stats_forward(
 
     # The edge last, so that nothing of it waits in registers through the loop.
     o_edge, m_edge = _edge(begin, end, body, body_end, i_split, ALIGN)
-    x_edge = _logit(tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF), softcap, SOFTCAP)
+    x_edge = _logit(tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF), softcap, SOFTCAP, PTX)
     m_lanes = m
     m = tl.maximum(m, tl.max(x_edge, 0))
     shift = m_lanes - m
@@ -254,7 +277,7 @@ def row_stats_forward(
         tl.store(partial_ptr + o_partial + 2, t_sum)
     else:
         x_y = tl.load(logits_ptr + begin + y, mask=(y >= 0) & (y < V), other=0.0)
-        x_y = _logit(x_y, softcap, SOFTCAP)
+        x_y = _logit(x_y, softcap, SOFTCAP, PTX)
         _store_stats(row, m, rest, t_sum, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
@@ -283,6 +306,7 @@ def row_stats_combine(
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Grid (N,). The splits' (m, s - 1, t) of one row into its statistics."""
     row = tl.program_id(0)
@@ -307,25 +331,32 @@ def row_stats_combine(
     rest = tl.sum(tl.where(top, rest_of, r * (1.0 + rest_of)), 0)
     t = tl.sum(r * (t_of + (1.0 + rest_of) * shift), 0)
     x_y = tl.load(logits_ptr + begin + y, mask=(y >= 0) & (y < V), other=0.0)
-    x_y = _logit(x_y, softcap, SOFTCAP)
+    x_y = _logit(x_y, softcap, SOFTCAP, PTX)
     _store_stats(row, m, rest, t, x_y, y, V, inv_temperature, logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr)
 
 
 @triton.jit
 def _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
-    """p (c1 + c2 log2 p), with log2 p = (x - m) scale - log2 sum; times the softcap's slope."""
-    x = _logits(x, softcap, SOFTCAP, PTX)
-    log2_p = (x - m) * scale - log2_sum
-    g = _exp2(log2_p, PTX) * (c1 + c2 * log2_p)
+    """p (c1 + c2 log2 p), with log2 p = (x - m) scale - log2 sum; times a quarter of the softcap's slope."""
     if SOFTCAP:
-        g = g * _slope(x, softcap)
-    return g
+        x = x.to(tl.float32)
+        r = _bend(x, softcap, PTX)
+        log2_p = (_capped(x, r, softcap) - m) * scale - log2_sum
+        return _exp2(log2_p, PTX) * (c1 + c2 * log2_p) * tl.fma(-r, r, r)
+    else:
+        log2_p = (_logits(x, softcap, SOFTCAP, PTX) - m) * scale - log2_sum
+        return _exp2(log2_p, PTX) * (c1 + c2 * log2_p)
 
 
 @triton.jit
-def _slope(x, softcap):
-    u = x / softcap
-    return tl.where(x <= FLOOR, 1.0, 1.0 - u * u)
+def _at_target(x, a, softcap, SOFTCAP: tl.constexpr, PTX: tl.constexpr):
+    """The target's own term, a times the softcap's slope. A masked word has slope 1: as a target it gets a."""
+    if SOFTCAP:
+        x = x.to(tl.float32)
+        r = _bend(x, softcap, PTX)
+        return tl.where(x <= FLOOR, a, a * 4.0 * tl.fma(-r, r, r))
+    else:
+        return a
 
 
 @triton.jit(
@@ -368,6 +399,7 @@ def row_stats_backward(
     TEMPERATURE_TENSOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIKE: tl.constexpr,
+    ORDERED: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     PTX: tl.constexpr,
@@ -377,7 +409,8 @@ def row_stats_backward(
     ALIKE: each row of grad is a multiple of ALIGN away from that of logits: what is aligned in one is so in the other.
 
     The target's own term is one scalar, stored after the row: a comparison in the loop costs two instructions an
-    element. The barriers order it against the other threads' reads and writes of the same address.
+    element. The barriers order it against the other threads' reads and writes of the same address. Where a barrier does
+    not wait for stores to memory (AMD), ORDERED is False, and the comparison is paid.
     """
     row = tl.program_id(0)
     i_split = tl.program_id(1)
@@ -404,31 +437,41 @@ def row_stats_backward(
     b = tl.load(grad_entropy_ptr + row)
     c1 = -(a + b * tl.load(entropy_ptr + row)) * inv_temperature
     c2 = -b * LN2 * inv_temperature
+    if SOFTCAP:
+        c1 *= 4.0
+        c2 *= 4.0
 
     o_y = begin + y
+    a_y = a * inv_temperature
     mine = ((o_y >= lo) & (o_y < hi)) | ((i_split == 0) & ((o_y < body) | (o_y >= body_end)))
     mine = mine & (y >= 0) & (y < V)
     x_y = tl.load(logits_ptr + o_y, mask=mine, other=0.0)
-    g_y = _gradient(x_y, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, False)
-    a_y = a * inv_temperature
-    if SOFTCAP:
-        a_y = a_y * _slope(_logit(x_y, softcap, SOFTCAP), softcap)
-    tl.debug_barrier()
+    g_y = _gradient(x_y, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+    g_y += _at_target(x_y, a_y, softcap, SOFTCAP, PTX)
+    if ORDERED:
+        tl.debug_barrier()
 
     x_edge = tl.load(logits_ptr + o_edge, mask=m_edge, other=-INF)
     g_edge = _gradient(x_edge, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+    if not ORDERED:
+        g_edge = tl.where(o_edge == o_y, g_edge + _at_target(x_edge, a_y, softcap, SOFTCAP, PTX), g_edge)
     tl.store(grad_ptr + o_edge, g_edge.to(dtype), mask=m_edge)
     for offset in range(lo, full, BLOCK):
         x = tl.load(logits_ptr + offset + lanes)
         g = _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+        if not ORDERED:
+            g = tl.where(offset + lanes == o_y, g + _at_target(x, a_y, softcap, SOFTCAP, PTX), g)
         tl.store(grad_ptr + offset + lanes, g.to(dtype))
     if full < hi:
         m_tail = full + lanes < hi
         x = tl.load(logits_ptr + full + lanes, mask=m_tail, other=-INF)
         g = _gradient(x, m, scale, log2_sum, c1, c2, softcap, SOFTCAP, PTX)
+        if not ORDERED:
+            g = tl.where(full + lanes == o_y, g + _at_target(x, a_y, softcap, SOFTCAP, PTX), g)
         tl.store(grad_ptr + full + lanes, g.to(dtype), mask=m_tail)
-    tl.debug_barrier()
-    tl.store(grad_ptr + o_y, (g_y + a_y).to(dtype), mask=mine)
+    if ORDERED:
+        tl.debug_barrier()
+        tl.store(grad_ptr + o_y, g_y.to(dtype), mask=mine)
 
 
 MAX_SPLITS = 64
