@@ -482,7 +482,8 @@ def _global_options(arguments: list[str]) -> tuple[list[str], bool]:
         if word == "--debug":
             debug = True
         elif name == "--log-level":
-            _set_log_level(value if has_value else mine.pop(0) if mine else "")
+            _set_log_level(level := value if has_value else mine.pop(0) if mine else "")
+            debug = debug or level == "debug"
         else:
             kept.append(word)
     return [*kept, *rest], debug

@@ -28,6 +28,7 @@ from gem.errors import UserError
 from gem.model.forward import Policy
 from gem.progress import Bar, progress
 from gem.scoring.score import ScoredRollout
+from gem.terminal.console import print_warning
 
 # Of the pairs' own prompts at most so many get candidates to measure the score on: more takes longer and tells little
 # more. A file given to test on is used whole.
@@ -105,7 +106,7 @@ def _load(
 ) -> list[TokenizedPair]:
     pairs, report = load_pairs(source, form, context, request.rows, request.split, room=room)
     if str(report):
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        print_warning(console, str(report))
     return pairs
 
 

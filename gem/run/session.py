@@ -41,6 +41,7 @@ from gem.parallel import processes
 from gem.rollout.sample import Sampler
 from gem.rollout.vllm import check_vllm, make_sampler
 from gem.run.tracking import Tracker, check_report_to
+from gem.terminal.console import print_warning
 from gem_kernels import LinearScore
 
 # What a resumed run may have other than the run it continues: nothing that its numbers depend on,
@@ -169,7 +170,7 @@ def read_inputs(config: TrainConfig, console: Console) -> Inputs:
         prompts, report = load_prompts(config, form, context_length(model_config))
         reports.append(report)
     for report in filter(str, reports):
-        console.print(str(report), highlight=False)
+        print_warning(console, str(report))
     check_calibration(config, train_pairs)
     return Inputs(source, model_config, form, train_pairs, eval_pairs, prompts, given)
 

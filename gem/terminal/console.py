@@ -42,6 +42,19 @@ class PlainConsole(Console):
         if self.result or level() in ("debug", "info") or (level() == "warning" and _is_warning(objects)):
             super().print(*objects, **{**arguments, "markup": False, "emoji": False})
 
+    def warn(self, words: str) -> None:
+        """A line that the level `warning` keeps, whatever it begins with."""
+        if self.result or level() != "error":
+            super().print(words, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_warning(console: Console, words: str) -> None:
+    """To any console of rich's."""
+    if isinstance(console, PlainConsole):
+        console.warn(words)
+    else:
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
 
 def make_console(**arguments: Any) -> Console:
     return PlainConsole(**arguments)

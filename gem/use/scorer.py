@@ -15,6 +15,7 @@ from gem.calibration.score_file import Score, read_score
 from gem.config.settings import Scoring
 from gem.errors import UserError
 from gem.scoring.score import ScoredRollout
+from gem.terminal.console import print_warning
 from gem_kernels import LinearScore
 
 Warn = Callable[[str], None]
@@ -58,7 +59,7 @@ def warn(console: Console, words: str) -> None:
     """One line, as it stands; a Python warning where nothing is printed."""
     if console.quiet:
         warnings.warn(words, stacklevel=2)
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    print_warning(console, words)
 
 
 def make_scorer(score: Score | str | Path | None, scoring: Scoring, model: str, warn: Warn) -> Scorer:

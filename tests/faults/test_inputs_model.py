@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM
 
 from gem.config.settings import Lora, TextSettings
 from gem.errors import UserError
 from gem.model.checks import check_causal
-from gem.model.load import find_device, load_model, load_model_config, save_pretrained
+from gem.model.load import find_attention, find_device, load_model, load_model_config, save_pretrained
 from gem.model.lora import add_lora
 from gem.model.opened import open_model, open_text
 from gem.model.source import find_model
@@ -143,8 +143,8 @@ def test_an_encoder_is_no_language_model(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="expected a causal language model, got bert"):
         opened(tmp_path / "bert")
-    t5 = T5Config(vocab_size=272, d_model=32, num_layers=1, num_heads=2, d_ff=32)
-    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5", "vocab_size": 272}')
     tiny_tokenizer().save_pretrained(tmp_path / "t5")
     with pytest.raises(UserError, match="t5: Unrecognized configuration class") as error:
         opened(tmp_path / "t5")
@@ -179,6 +179,11 @@ def test_names_that_no_model_can_have(name, words):
     with pytest.raises(UserError, match=f"^model: .*{words}") as error:
         find_model(name)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_flex_attention_needs_a_gpu():
+    with pytest.raises(UserError, match="attn_implementation: flex_attention needs a CUDA device: set it to auto"):
+        find_attention("flex_attention", "float32", "cpu")
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu", "cuda:7", "", "cpu cpu"])
