@@ -73,6 +73,7 @@ def train(
 
     Raises:
         UserError: a setting, a row or a path that cannot be used; nothing is left behind.
+        Interrupted (gem.errors): Ctrl-C or another signal, once a checkpoint is saved; a second one at once.
 
     Example:
         pairs = [{"prompt": "2 + 2?", "chosen": "Final Answer: 4", "rejected": "Final Answer: 5", "answer": "4"}, ...]

@@ -21,13 +21,19 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextlib.contextmanager
 def end_with_a_line() -> Iterator[None]:
-    """Within, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`. One that is ignored (nohup) stays ignored."""
-    before = {number: signal.signal(number, _raise) for number in SIGNALS if _can_be_set(number)}
+    """Within, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`. One that is ignored (nohup) stays ignored.
+
+    Afterwards the process ends, and a signal ends it at once: Python's own handler would raise within what runs at the
+    exit, and print a trace.
+    """
+    mine = [number for number in SIGNALS if _can_be_set(number)]
+    for number in mine:
+        signal.signal(number, _raise)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Interrupt:

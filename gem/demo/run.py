@@ -67,11 +67,14 @@ def run_demo(model: str | None, output_dir: str | None, seed: int, console: Cons
     model = model or demo_model()
     pairs = arithmetic_pairs(NUM_TRAIN + NUM_HELD_OUT + NUM_PROMPTS, seed)
     data_dir = root / "data"
-    data_dir.mkdir(parents=True)
-    write_jsonl(data_dir / "train.jsonl", pairs[:NUM_TRAIN])
-    write_jsonl(data_dir / "held_out.jsonl", pairs[NUM_TRAIN : NUM_TRAIN + NUM_HELD_OUT])
     prompts = [{"prompt": pair["prompt"]} for pair in pairs[NUM_TRAIN + NUM_HELD_OUT :]]
-    write_jsonl(data_dir / "prompts.jsonl", prompts)
+    try:
+        data_dir.mkdir(parents=True)
+        write_jsonl(data_dir / "train.jsonl", pairs[:NUM_TRAIN])
+        write_jsonl(data_dir / "held_out.jsonl", pairs[NUM_TRAIN : NUM_TRAIN + NUM_HELD_OUT])
+        write_jsonl(data_dir / "prompts.jsonl", prompts)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {error.filename or data_dir}: {error.strerror}") from error
     console.print(
         f"{NUM_TRAIN} pairs to train on, {NUM_HELD_OUT} held out, {NUM_PROMPTS} prompts without answers, in {data_dir}",
         highlight=False, markup=False,

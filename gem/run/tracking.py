@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +160,8 @@ class Tracker:
         for file in self.files.values():
             file.close()
         while self.sinks:
-            self.sinks.pop().close(failed)
+            with contextlib.suppress(Exception) if failed else contextlib.nullcontext():  # the run's own end is told
+                self.sinks.pop().close(failed)
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -271,13 +273,22 @@ class _TensorBoard:
         if resumed:  # its files may lack the last two minutes before a kill, and hold steps that come again
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
         self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._hook, threading.excepthook = threading.excepthook, self._on_thread
+
+    def _on_thread(self, failure: Any) -> None:
+        """A full disk ends the writer's thread, and is raised by the next `write`: its trace would be a second one."""
+        if not (isinstance(failure.exc_value, OSError) and "AsyncWriter" in type(failure.thread).__name__):
+            self._hook(failure)
 
     def write(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
     def close(self, failed: bool) -> None:
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class _Trackio:

@@ -59,7 +59,7 @@ CONFIGURATIONS = {
     },
 }
 TIMES = ("step_time", "eval/seconds")
-FAULTS = ("kill", "kill", "signal", "signal twice", "full disk", "full disk", "damage", "race", "move", "read-only")
+FAULTS = ("kill", "kill", "signal", "signal", "signal twice", "full disk", "damage", "race", "move", "read-only")
 CODES = {0, 2, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))}
 
 
@@ -74,6 +74,7 @@ class Storm:
         self.folder, self.random = folder, random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self.mounted = False
+        self.deck: list[str] = []
         self.seconds: dict[str, float] = {}  # of the unbroken run of each configuration
 
     # One process
@@ -89,8 +90,12 @@ class Storm:
         """The exit code, once it is known to be one that is promised, with its one line."""
         fork.wait(120)
         code, lines = fork.returncode, [line for line in fork.output.splitlines() if line.startswith("gem: ")]
-        if code is not None and -code in killed_by and (-code == signal.SIGKILL or not fork.output):
-            return code  # it was killed, or had not begun to be gem yet
+        if code == -signal.SIGKILL and signal.SIGKILL in killed_by:
+            return code
+        if not fork.output and killed_by and code in (1, *(-number for number in killed_by)):
+            return code  # it had not begun to be gem yet; 1 is how a fork's own start ends on SIGINT
+        if -code in killed_by and ("gem: ended by" in fork.output or "\nRun: " in fork.output):
+            return code  # a signal on its last steps out, after all was said
         if code not in CODES or "Traceback" in fork.output:
             raise Wrong(f"exit code {code}:\n{fork.output}")
         last = [line for line in lines if "the run ends after this step" not in line]
@@ -251,10 +256,17 @@ class Storm:
             self.seconds[name] = time.monotonic() - begin
         return path
 
+    def draw(self) -> str:
+        """From a shuffled deck of all faults: a short storm has each of them too."""
+        if not self.deck:
+            self.deck = list(FAULTS)
+            self.random.shuffle(self.deck)
+        return self.deck.pop()
+
     def case(self, number: int) -> None:
         name, draw = self.random.choice(list(CONFIGURATIONS)), self.random
         expected, run = self.unbroken(name), f"case-{number}"
-        faults = [draw.choice(FAULTS) for _ in range(draw.randint(1, 4))]
+        faults = [self.draw() for _ in range(draw.randint(1, 4))]
         print(f"case {number}: {name}: {', '.join(faults)}", flush=True)
         for fault in faults:
             if (self.folder / "disk" / run / "model").is_dir():

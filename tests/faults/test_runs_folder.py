@@ -273,6 +273,22 @@ def test_metrics_that_do_not_fit_are_one_line(run_dir):
         file.close()  # nothing is left over that closing would write
 
 
+def test_tensorboard_on_a_full_disk_prints_no_trace_of_its_thread(tmp_path, capfd):
+    import threading
+
+    from gem.run.tracking import _TensorBoard
+
+    before = threading.excepthook
+    service = _TensorBoard(None, tmp_path, False)
+    with files_of_at_most(500), pytest.raises(OSError, match="File too large"):
+        for step in range(999):
+            service.write({"loss": 1.0}, step)
+            service.writer.flush()
+    with pytest.raises(OSError, match="File too large"):
+        service.close(True)
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is before
+
+
 def test_scores_that_do_not_fit_leave_nothing(tmp_path):
     with files_of_at_most(50), pytest.raises(UserError, match=r"--out: cannot write .*File too large"):
         write_lines(tmp_path / "scores.jsonl", ("x" * 30 + "\n" for _ in range(999)), "--out: cannot write")
@@ -394,3 +410,6 @@ def test_a_command_that_is_ended_says_so_in_one_line(monkeypatch, capsys, number
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 128 + number and capsys.readouterr().err == f"gem: ended by {number.name}\n"
+    assert (
+        signal.getsignal(number) == signal.SIG_DFL
+    )  # one more ends it at once, without a trace from the exit's own work

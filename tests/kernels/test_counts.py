@@ -143,6 +143,13 @@ def test_one_chunk_writes_dweight_once_in_its_own_dtype(call, dtype):
     assert counter.weight_passes() == 2 + again + 1 + scaled
 
 
+def test_float16_waits_in_float32_and_pays_for_its_scale():
+    """The first chunk is written and multiplied by its power of two; of the others the product is written, and added
+    with it. The upstream scalar passes over it, and then it is rounded."""
+    counter = count(CALLS["policy"], ("weight",), chunk=N // 8, dtype=torch.float16)
+    assert counter.fp32_weight == (3 + 4 * 7 + 2 + 1) * V * D
+
+
 def test_without_addmm_into_float32_a_slice_at_a_time(monkeypatch):
     monkeypatch.setattr(products, "adds_in_product", lambda: False)
     counter = count(CALLS["policy"], ("weight",), chunk=N // 8)
