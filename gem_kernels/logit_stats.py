@@ -6,6 +6,8 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as in_torch_func
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import arguments
 from .backends.rows import check_values, row_view, rows_backward, rows_forward
@@ -46,8 +48,7 @@ def _four_vectors(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, 
     return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
 
 
-@torch.library.custom_op("gem_kernels::row_stats", mutates_args=())
-def row_stats_op(
+def _row_stats(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
@@ -66,6 +67,7 @@ def row_stats_op(
     return logprobs, entropy, row_max, log_sum
 
 
+row_stats_op = torch.library.custom_op("gem_kernels::row_stats", _row_stats, mutates_args=())
 row_stats_op.register_fake(_four_vectors)
 
 
@@ -86,14 +88,19 @@ def _write_gradient(grad: Tensor, logits: Tensor, targets: Tensor, *flat: Any) -
     rows_backward(into, *_flat_rows(logits, targets), options, vectors)
 
 
-@torch.library.custom_op(
-    "gem_kernels::row_stats_backward", mutates_args=(), schema=f"(Tensor logits, {AFTER_LOGITS}) -> Tensor"
-)
-def row_stats_backward_op(logits, *after):
+def _row_stats_backward(logits, *after):
     """dL/dlogits [..., V] in the dtype of `logits`."""
     grad = _gradient_like(logits)
     _write_gradient(grad, logits, *after)
     return grad
+
+
+row_stats_backward_op = torch.library.custom_op(
+    "gem_kernels::row_stats_backward",
+    _row_stats_backward,
+    mutates_args=(),
+    schema=f"(Tensor logits, {AFTER_LOGITS}) -> Tensor",
+)
 
 
 @row_stats_backward_op.register_fake
@@ -149,10 +156,20 @@ class _RowStatsGradient(torch.autograd.Function):
         raise RuntimeError(NO_SECOND)
 
 
+def _unwatched(logits: Tensor) -> bool:
+    """Whether nothing would look at the call of an operator: then its body is called, a third faster with few rows."""
+    return type(logits) in (Tensor, torch.nn.Parameter) and not is_in_torch_dispatch_mode() and not in_torch_func()
+
+
 def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    make = _RowStatsGradient.apply if eager else row_stats_backward_op
-    grad = make(ctx.saved_tensors[0], *_after_logits(ctx, grad_logprobs, grad_entropy))
+    logits = ctx.saved_tensors[0]
+    make: Any = row_stats_backward_op
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            make = _RowStatsGradient.apply
+        elif _unwatched(logits):
+            make = _row_stats_backward
+    grad = make(logits, *_after_logits(ctx, grad_logprobs, grad_entropy))
     return grad, None, None, None, None, None, None
 
 
@@ -160,6 +177,19 @@ row_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, *after):
+        out = (_row_stats if _unwatched(logits) else row_stats_op)(logits, *after)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, (logits, *after), out)
+        return out
+
+    backward = staticmethod(_backward)
+
+
+class _RowStatsInTorchFunc(torch.autograd.Function):
+    """The same in the form that torch.func asks for, and which takes longer to call."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -179,7 +209,8 @@ class _RowStatsInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, memory, where, *after):
-        out = row_stats_op(memory[where], *after)
+        logits = memory[where] if where else memory
+        out = (_row_stats if _unwatched(memory) else row_stats_op)(logits, *after)
         ctx.set_materialize_grads(False)
         ctx.where = where
         _setup_context(ctx, (memory, *after), out)
@@ -190,30 +221,31 @@ class _RowStatsInPlace(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(f"{NO_SECOND}, and inplace_backward can make no graph of it")
         memory = ctx.saved_tensors[0]
-        row_stats_backward_inplace_op(memory[ctx.where], *_after_logits(ctx, grad_logprobs, grad_entropy))
+        logits = memory[ctx.where] if ctx.where else memory
+        row_stats_backward_inplace_op(logits, *_after_logits(ctx, grad_logprobs, grad_entropy))
         for axis, part in enumerate(ctx.where):
-            memory.narrow(axis, 0, part.start).zero_()
-            memory.narrow(axis, part.stop, memory.shape[axis] - part.stop).zero_()
+            for start, stop in ((0, part.start), (part.stop, memory.shape[axis])):
+                if start < stop:
+                    memory.narrow(axis, start, stop - start).zero_()
         # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
         return memory.detach(), None, None, None, None, None, None, None
 
 
 def _sliced_from(logits: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What `logits` is a slice of (`model(ids).logits[:, :-1]`), and where it lies in it; else itself, whole.
+    """What `logits` is a slice of (`model(ids).logits[:, :-1]`), and where it lies in it; else itself, and nothing.
 
     The gradient of a slice is a copy, among zeros, of the size of the whole tensor. Given straight to that tensor, it
     can be written where its rows are. Hooks on `logits` want to see it, so then it goes the usual way.
     """
-    whole = tuple(slice(0, n) for n in logits.shape)
     memory, node = logits._base, logits.grad_fn
     if memory is None or node is None or logits._backward_hooks or logits.retains_grad:
-        return logits, whole
+        return logits, ()
     source = memory.grad_fn
     while node is not None and node is not source and node.name() == "SliceBackward0":
         node = node.next_functions[0][0]
     reached = node is source if source is not None else getattr(node, "variable", None) is memory
     if not reached or memory.stride() != logits.stride() or not memory.is_contiguous():
-        return logits, whole
+        return logits, ()
     where, offset = [], logits.storage_offset() - memory.storage_offset()
     for n, stride in zip(logits.shape, logits.stride()):
         where.append(slice(offset // stride, offset // stride + n))
@@ -286,5 +318,5 @@ def token_stats(
     elif inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), *after)
     else:
-        logprobs, entropy, _, _ = _RowStats.apply(logits, *after)
+        logprobs, entropy, _, _ = (_RowStatsInTorchFunc if in_torch_func() else _RowStats).apply(logits, *after)
     return TokenStats(logprobs, entropy)
