@@ -65,7 +65,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(stand_in, monkeypatch):  # 
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         _request(f"{stand_in.url}/open")
         with pytest.raises(UserError, match=r"refused .*/moved: 302") as error:
-            _request(f"{stand_in.url}/moved")
+            _request(f"{stand_in.url}/moved", timeout=5)
         assert seen == [(stand_in, None), (stand_in, f"Bearer {KEY}"), (stand_in, f"Bearer {KEY}")]
         assert KEY not in str(error.value)
 
