@@ -18,7 +18,7 @@ after chunks 1, 2, 4, 8, ... it is the directions that the tail had there, a ste
 The error is measured in the same pass, over all rows and columns and not a sample of them: for random signs
 S [n, PROBES], E |S^T X|^2 = PROBES |X|^2, where X is what the projection leaves out. Rounding is not in it.
 
-Cost: three passes over G (norms, two thin products), one over W, and share * 2 G of products. How many columns are
+Cost: three passes over G (norms, two thin products), one over W, and share * 2 head products. How many columns are
 active is data, so a GPU is waited for once a chunk.
 """
 
