@@ -33,7 +33,7 @@ class OneShot:
 
     def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
-        self.products = Products(head, len(rows), needs, held=True)
+        self.products = Products(head, len(rows), needs, held_dtype(head.weight.dtype))
         self.norms = torch.empty(2, len(rows), dtype=torch.float32, device=rows.hidden.device)
         """row_max and log_sum"""
         self.logits: Any = None

@@ -62,11 +62,11 @@ class Products:
 
     Gradients of weight and bias gather in float32 over all chunks; where all rows are one chunk, that of weight is
     written once, in its own dtype. A gradient that nobody needs costs neither memory nor a product. Temporaries stay
-    under the workspace: what must be converted is, a slice of the vocabulary at a time. `held`: the gradients wait for
-    an upstream scalar (`held_dtype`).
+    under the workspace: what must be converted is, a slice of the vocabulary at a time. dtype: of the gradients of
+    weight and bias; None: that of weight.
     """
 
-    def __init__(self, head: HeadParameters, n_rows: int, needs: tuple[bool, bool, bool], held: bool = False):
+    def __init__(self, head: HeadParameters, n_rows: int, needs: tuple[bool, bool, bool], dtype: Any = None):
         self.head = head
         self.V, self.D = head.weight.shape
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
@@ -76,7 +76,7 @@ class Products:
         self.gradient_workspace: Any = self.workspace
         if any(needs) and head.gradient_dtype != head.logits_dtype:
             self.gradient_workspace = head.workspace(n_rows, head.gradient_dtype)
-        self.dtype = held_dtype(head.weight.dtype) if held else head.weight.dtype
+        self.dtype = dtype or head.weight.dtype
         self.grad_bias: Any = torch.zeros(self.V, dtype=torch.float32, device=device) if self.needs_bias else None
         self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
@@ -237,14 +237,19 @@ def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:
 
 
 def statistics_backward(
-    rows: TokenRows, head: HeadParameters, vectors: RowGradients, needs: tuple[bool, bool, bool]
+    rows: TokenRows,
+    head: HeadParameters,
+    vectors: RowGradients,
+    needs: tuple[bool, bool, bool],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Gradients, Report | None]:
     """(dL/dhidden, dL/dweight, dL/dbias), None where not needed; and the report of the active vocabulary, or None.
 
-    The logits are made again: 1 product, and one for each gradient of hidden and weight.
+    The logits are made again: 1 product, and one for each gradient of hidden and weight. dtype: of the gradients; None:
+    that of the inputs.
     """
-    products = Products(head, len(rows), needs)
-    grad_hidden = torch.empty_like(rows.hidden) if needs[0] else None
+    products = Products(head, len(rows), needs, dtype)
+    grad_hidden = torch.empty_like(rows.hidden, dtype=dtype) if needs[0] else None
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
         chunk = rows.chunk(begin, end)
