@@ -49,9 +49,9 @@ def use_gem_kernels() -> Swap:
     """Swaps TRL's fused head and helpers for this package's, at once and for trainers that exist already.
 
     Goes to TRL's own, call by call:
-        the head: where `log_sum_sq_probs` or `is_top1` is asked for (the policy of SFT and DPO), or `mean_logits` with a
-            softcap; under DeepSpeed's ZeRO-3; dtypes other than float32, bfloat16 and float16; devices other than CPU and
-            CUDA.
+        the head: where `log_sum_sq_probs` or `is_top1` is asked for (the policy of SFT and DPO), or `mean_logits` with
+            a softcap; under DeepSpeed's ZeRO-3; dtypes other than float32, bfloat16 and float16; devices other than CPU
+            and CUDA.
         the helpers: several indices a row, rows that do not lie side by side in memory, the same dtypes and devices.
 
     Dtypes: the head's products run in autocast's dtype where it is on, else in that of the hidden states, as TRL's do;
@@ -60,7 +60,7 @@ def use_gem_kernels() -> Swap:
     dtype of the logits.
 
     Returns:
-        A Swap: leaving its `with` block, or `.undo()`, puts TRL's own back. A second swap within the first does nothing.
+        A Swap: leaving its `with` block, or `.undo()`, puts TRL's own back. A second one within the first does nothing.
 
     Raises:
         ValueError: trl is not one whose private names are those of 1.16.
@@ -79,8 +79,12 @@ def use_gem_kernels() -> Swap:
             expected = f"{WRITTEN_FOR}, whose trl.trainer.utils.{name} takes ({parameters.replace(' ', ', ')})"
             got = "without it" if function is None else f"whose one takes {inspect.signature(function)}"
             arguments.fail("trl", f"of version {expected}", f"{trl.__version__}, {got}")
-    ours = {HEAD: head, "selective_log_softmax": logprobs, "entropy_from_logits": entropy}
-    ours["selective_log_softmax_and_entropy"] = logprobs_and_entropy
+    ours: dict[str, Callable[..., Any]] = {
+        HEAD: head,
+        "selective_log_softmax": logprobs,
+        "entropy_from_logits": entropy,
+        "selective_log_softmax_and_entropy": logprobs_and_entropy,
+    }
     return Swap({getattr(utils, name): Ours(getattr(utils, name), function) for name, function in ours.items()})
 
 
@@ -151,7 +155,9 @@ def head(
         return None
     options = (temperature, final_logit_softcapping, logit_scale)
     log_probs, entropy = _head(hidden, weight, bias, targets, dtype, options)
-    means = _mean_logits(*(x.detach().to(dtype) for x in tensors)) * (logit_scale / temperature) if mean_logits else None
+    means = (
+        _mean_logits(*(x.detach().to(dtype) for x in tensors)) * (logit_scale / temperature) if mean_logits else None
+    )
     return log_probs, entropy if "entropy" in outputs else None, None, means, None
 
 
@@ -179,12 +185,10 @@ class _Head(torch.autograd.Function):
         upstream = (rows.gather(g) for g in (grad_logprobs, grad_entropy))
         needs = tuple(ctx.needs_input_grad[:3])
         same = {x.dtype for x in (hidden, weight, bias) if x is not None} == {ctx.dtype}
-        grads, _ = statistics_backward(
-            rows, parameters, RowGradients(*stats, *upstream), needs, None if same else torch.float32
-        )
-        grads = (None if grads[0] is None else rows.spread(grads[0]), *grads[1:])
-        grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias))]
-        return *grads, None, None, None
+        vectors = RowGradients(*stats, *upstream)
+        (of_hidden, *others), _ = statistics_backward(rows, parameters, vectors, needs, None if same else torch.float32)
+        grads = [None if of_hidden is None else rows.spread(of_hidden), *others]
+        return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias))), None, None, None
 
 
 def _rows(hidden, weight, bias, targets, dtype, options):
@@ -204,9 +208,7 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         return means if bias is None else means + bias.mean(dtype=torch.float32)
 
 
-def logprobs(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-) -> Tensor | None:
+def logprobs(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor | None:
     stats = _stats(logits, index, temperature, row_mask)
     return None if stats is None else stats.logprobs
 

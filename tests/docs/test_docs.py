@@ -122,40 +122,24 @@ def test_starts(names):
 
 
 def test_trl(names, tmp_path):
-    """TRL's own numbers, from its own trainer's method, for one batch; then a step of training with ours."""
-    trl = pytest.importorskip("trl")
-    exec(BLOCKS["trl"], names)
-    datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(V - 3))])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
-        max_steps=1, temperature=0.8, report_to=[], use_cpu=True, bf16=False, beta=0.04, logging_steps=1,
-    )  # fmt: skip
-    data = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5 w6"]})
+    """The block trains, with this package's head; and TRL's own is back afterwards."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from gem_kernels.integrations import trl as integration
+    from tests.integrations.tiny import tiny_tokenizer
+
+    own, calls = trl.trainer.utils._ChunkedLogProbFunction, []
 
     def reward(completions, **_):
+        calls.append(isinstance(trl.trainer.utils._ChunkedLogProbFunction, integration.Ours))
         return [float(len(text)) for text in completions]
 
-    names["model"].save_pretrained(tmp_path / "model")  # TRL loads the reference model by its name
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    results = {}
-    for kind in (trl.GRPOTrainer, names["FusedGRPOTrainer"]):
-        trainer = kind(model, reward, args=arguments, train_dataset=data, processing_class=tokenizer)
-        mask = names["attention_mask"].clone()
-        mask[1, 10:] = 0
-        results[kind] = trainer._get_per_token_logps_and_entropies(
-            trainer.model, names["input_ids"], mask, 5, compute_entropy=True
-        )
-    theirs, ours = results.values()
-    counted = mask[:, -5:] == 1
-    for one, other in zip(theirs[:2], ours[:2]):
-        assert_near(other[counted], one[counted])
-    before = model.lm_head.weight.detach().clone()
-    trainer.train()
-    assert not torch.equal(before, trainer.model.lm_head.weight.detach().cpu())
+    names |= {"reward_funcs": reward, "tokenizer": tiny_tokenizer(V)}
+    names["dataset"] = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5 w6"]})
+    names["config"] = trl.GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
+        max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, learning_rate=0.1,
+    )  # fmt: skip
+    before = names["model"].lm_head.weight.detach().clone()
+    exec(BLOCKS["trl"], names)
+    assert calls == [True] and trl.trainer.utils._ChunkedLogProbFunction is own
+    assert not torch.equal(before, names["trainer"].model.lm_head.weight.detach().cpu())

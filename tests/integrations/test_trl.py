@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
-tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from trl.trainer import utils  # noqa: E402
 
 from gem_kernels.integrations import trl as integration  # noqa: E402
 from gem_kernels.integrations.trl import use_gem_kernels  # noqa: E402
+from tests.integrations.tiny import tiny_tokenizer  # noqa: E402
 from tests.kernels.helpers import assert_near  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,20 +57,16 @@ def counted(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(V - 3))])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return tiny_tokenizer(V)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, tokenizer):
     """TRL loads reference models by name."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
     config = transformers.MixtralConfig(**SHAPE, **experts, output_router_logits=True)
     transformers.MixtralForCausalLM(config).save_pretrained(folder / "moe")
@@ -116,9 +113,7 @@ def train(kind, name, models, tokenizer, folder, lora=False, **more):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="trl|transformers|torch")
-        trainer = getattr(trl, f"{kind}Trainer")(
-            model, args=getattr(trl, f"{kind}Config")(**settings), **given
-        )
+        trainer = getattr(trl, f"{kind}Trainer")(model, args=getattr(trl, f"{kind}Config")(**settings), **given)
         trainer.train()
     return trainer
 
@@ -144,3 +139,212 @@ def test_the_same_losses(kind, models, tokenizer, tmp_path, counted):
     assert counted and any(counted) == KINDS[kind][2]
     if kind in ("GRPO", "RLOO", "KTO"):
         assert all(counted)
+
+
+@pytest.mark.parametrize(
+    "kind,name,more",
+    [
+        ("GRPO", "dense", {"lora": True}),
+        ("GRPO", "dense", {"gradient_checkpointing": True}),
+        ("GRPO", "dense", {"entropy_coef": 0.1}),
+        ("GRPO", "moe", {}),
+        ("KTO", "moe", {"lora": True}),
+    ],
+    ids=["peft", "checkpointing", "entropy", "moe", "moe-peft"],
+)
+def test_the_same_losses_with(kind, name, more, models, tokenizer, tmp_path, counted):
+    own, ours = both(kind, name, models, tokenizer, tmp_path, **more, max_steps=2)
+    assert all(counted) and any(losses(own))
+    for a, b in zip(losses(own), losses(ours)):
+        assert abs(a - b) <= 1e-5 * max(1.0, abs(a))
+    for (_, a), (key, b) in zip(own.model.named_parameters(), ours.model.named_parameters()):
+        assert_near(b, a, 1e-3, key)
+
+
+@pytest.mark.parametrize("kind", ["KTO", "GRPO"])
+def test_bf16_autocast_within_trl_s_own_error(kind, models, tokenizer, tmp_path, counted):
+    """The first step, where all have the same weights: the gradient's error against float32 is no larger than TRL's."""
+    found = {}
+    for who, more in (("exact", {}), ("own", {"bf16": True}), ("ours", {"bf16": True})):
+        with use_gem_kernels() if who == "ours" else contextlib.nullcontext():
+            # A step of SGD leaves the gradient in the weights.
+            trainer = train(
+                kind, "dense", models, tokenizer, tmp_path, **more, max_steps=1, optim="sgd", learning_rate=1.0,
+                max_grad_norm=0.0, lr_scheduler_type="constant",
+            )  # fmt: skip
+        found[who] = losses(trainer)[0], dict(trainer.model.named_parameters())
+    assert counted and all(counted)
+    loss, weights = found["exact"]
+    error = {who: abs(found[who][0] - loss) for who in ("own", "ours")}
+    assert error["ours"] <= 2 * error["own"] + 2.0**-8 * max(abs(loss), 0.1)
+    start = dict(transformers.AutoModelForCausalLM.from_pretrained(models / "dense").named_parameters())
+    for name, exact in weights.items():
+        size = (exact - start[name]).norm()
+        error = {who: (found[who][1][name] - exact).norm() for who in ("own", "ours")}
+        assert error["ours"] <= 2 * error["own"] + 2.0**-10 * size, name
+
+
+# The head alone.
+
+# hidden, weight, autocast
+DTYPES = {
+    "float32": (torch.float32, torch.float32, None),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, None),
+    "autocast": (torch.float32, torch.float32, torch.bfloat16),
+    "autocast, bfloat16 hidden": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "float32 head of bfloat16": (torch.float32, torch.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_head(dtypes, softcap, device):
+    """Values and gradients against float64; at most twice TRL's own error."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_dtype, dtype, autocast = DTYPES[dtypes]
+    leaves = [torch.randn(*shape, generator=generator) for shape in ((9, 16), (V, 16), (V,))]
+    leaves = [x.to(device, d) for x, d in zip(leaves, (hidden_dtype, dtype, dtype))]
+    targets = torch.randint(0, V, (9,), generator=generator).to(device)
+    a, b = torch.randn(2, 9, generator=generator).to(device)
+    outputs = ("log_probs", "entropy", "mean_logits") if softcap is None else ("log_probs", "entropy")
+
+    def run(leaves, apply):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+            found = apply(*leaves, targets, 0.7, 32768, softcap, 1.3, outputs)
+        grads = torch.autograd.grad((found[0] * a).sum() + (found[1] * b).sum(), leaves)
+        return [*(x for x in found if x is not None), *grads]
+
+    def exact(hidden, weight, bias, *_):
+        z = (hidden @ weight.T + bias) * 1.3
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.7
+        p = z.log_softmax(-1)
+        found = p.gather(-1, targets[:, None])[:, 0], -(p.exp() * p).sum(-1)
+        return *found, z.detach().mean(-1) if softcap is None else None
+
+    own = utils._ChunkedLogProbFunction.apply
+    with use_gem_kernels():
+        ours = run(leaves, utils._ChunkedLogProbFunction.apply)
+    with torch.autocast(device.type, enabled=False):
+        autocast, low = None, autocast
+        want = run([x.double() for x in leaves], exact)
+        autocast = low
+    theirs = run(leaves, own)
+    assert len(ours) == len(theirs) == len(want) == (6 if softcap is None else 5)
+    for name, x, y, z in zip(("logprobs", "entropy", *"mhwb"), ours, theirs, want):
+        assert x.dtype == y.dtype and x.shape == y.shape, name
+        error, limit = ((v.double() - z).norm() for v in (x, y))
+        assert error <= 2 * limit + 2.0**-18 * z.norm(), (name, error, limit)
+
+
+def refused(**more):
+    given = {
+        "hidden": torch.randn(5, 16), "weight": torch.randn(V, 16), "bias": None, "targets": torch.arange(5),
+        "temperature": 1.0, "chunk_size": 32768, "outputs": ("log_probs",), **more,
+    }  # fmt: skip
+    return integration.head(**given) is None
+
+
+def test_what_goes_to_trl_s_own():
+    weight = torch.randn(V, 16)
+    weight.ds_status = "partitioned"
+    assert not refused() and not refused(outputs=("log_probs", "entropy", "mean_logits"))
+    assert refused(outputs=("log_probs", "is_top1")) and refused(outputs=("log_probs", "log_sum_sq_probs"))
+    assert refused(outputs=("log_probs", "mean_logits"), final_logit_softcapping=5.0)
+    assert refused(weight=weight) and refused(hidden=torch.randn(5, 16).double())
+    assert refused(hidden=torch.randn(5, 16, device="meta")) and refused(logit_scale=0.0)
+    with use_gem_kernels():
+        found = utils._ChunkedLogProbFunction.apply(
+            torch.randn(5, 16), torch.randn(V, 16), None, torch.arange(5), 1.0, 32768
+        )
+    assert all(x is not None for x in found)
+
+
+# The helpers.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_helpers(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, V, generator=generator).mul(3).to(device, dtype)
+    index = torch.randint(0, V, (2, 5), generator=generator).to(device)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]], device=device)
+
+    def run(logits):
+        leaf = logits.clone().requires_grad_()
+        one = utils.selective_log_softmax(leaf, index, temperature=0.8, row_mask=mask)
+        entropy = utils.entropy_from_logits(leaf, chunk_size=3)
+        pair = utils.selective_log_softmax_and_entropy(leaf, index, temperature=0.8, row_mask=mask)
+        total = one.float().sum() - 0.1 * entropy.float().sum() + sum(x.float().sum() for x in pair)
+        return one, entropy, *pair, *torch.autograd.grad(total, leaf)
+
+    want, theirs = run(logits.double()), run(logits)
+    with use_gem_kernels():
+        ours = run(logits)
+        several = utils.selective_log_softmax(logits, index[..., None].expand(2, 5, 3))
+        detached = utils.selective_log_softmax_and_entropy(logits.requires_grad_(), index, entropy_requires_grad=False)
+    for x, y, z in zip(ours, theirs, want):
+        assert (x.double() - z).norm() <= 2 * (y.double() - z).norm() + 2.0**-18 * z.norm()
+    assert several.shape == (2, 5, 3) and detached[0].requires_grad and not detached[1].requires_grad
+    assert (ours[0][mask == 0] == 0).all() and (ours[3][mask == 0] == 0).all()
+
+
+# The swap.
+
+
+def now():
+    return [getattr(utils, name) for name in NAMES]
+
+
+def test_the_block_puts_back_what_was_there():
+    import trl.trainer.grpo_trainer as importer
+
+    before = now()
+    importer.selective_log_softmax = utils.selective_log_softmax  # as `from ..utils import` does
+    try:
+        with use_gem_kernels():
+            assert all(isinstance(found, integration.Ours) for found in now())
+            assert importer.selective_log_softmax is utils.selective_log_softmax
+            with use_gem_kernels():
+                pass
+            assert all(isinstance(found, integration.Ours) for found in now())
+            importer.entropy_from_logits = utils.entropy_from_logits  # imported while it was swapped
+        assert now() == before
+        assert importer.selective_log_softmax is before[1] and importer.entropy_from_logits is before[2]
+    finally:
+        del importer.selective_log_softmax, importer.entropy_from_logits
+
+
+def test_the_function_stays_until_undone():
+    before = now()
+    swap = use_gem_kernels()
+    try:
+        assert all(isinstance(found, integration.Ours) for found in now())
+    finally:
+        swap.undo()
+    assert now() == before
+    swap.undo()
+    assert now() == before
+
+
+def test_another_trl_is_refused(monkeypatch):
+    before = now()
+    monkeypatch.setattr(utils, "selective_log_softmax", lambda logits, index, dim: None)
+    with pytest.raises(ValueError, match=r"`trl` must be of version 1\.16, whose .*selective_log_softmax .*dim\)"):
+        use_gem_kernels()
+    monkeypatch.delattr(utils, "selective_log_softmax")
+    with pytest.raises(ValueError, match="without it"):
+        use_gem_kernels()
+    monkeypatch.undo()
+    assert now() == before
+
+
+def test_the_example_runs(models, tmp_path, capsys):
+    path = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
+    main = runpy.run_path(str(path))["main"]
+    settings = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 3, "max_steps": 2}
+    own = utils._ChunkedLogProbFunction
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="trl|transformers|torch")
+        trainer = main(str(models / "dense"), str(tmp_path), **settings, use_cpu=True, bf16=False, disable_tqdm=True)
+    assert len(losses(trainer)) == 2 and utils._ChunkedLogProbFunction is own
