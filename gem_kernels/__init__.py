@@ -5,6 +5,8 @@ the SEGA loss (GEM, arXiv 2511.13007), without a second tensor of the size of th
     entropy_scores         entropies -> score of each completion
     completion_features    entropies and log-probs -> nine features of each completion, for a `LinearScore`
     group_advantages       scores -> advantages within each prompt's group
+    answer_start           where each completion's final answer begins, from a marker's token ids (or, with
+                           answer_start_from_offsets, from character offsets)
     fused_entropy_score    the three in one
     sega_loss              logits -> the SEGA loss
 
@@ -16,6 +18,7 @@ and from hidden states, where the logits never exist whole:
 Importing this looks at no device, compiles nothing and needs torch alone; Triton is imported when a kernel runs.
 """
 
+from .answers import answer_start, answer_start_from_offsets
 from .linear.policy_loss import fused_linear_policy_loss
 from .linear.sega_loss import fused_linear_sega_loss
 from .linear.stats import fused_linear_entropy_score, linear_token_stats
@@ -42,6 +45,8 @@ __all__ = [
     "SegaOutput",
     "TokenStats",
     "VocabParallel",
+    "answer_start",
+    "answer_start_from_offsets",
     "completion_features",
     "entropy_scores",
     "fused_entropy_score",

@@ -210,6 +210,29 @@ def top_fraction(top_m: Any) -> tuple[int, int]:
     return max(share.numerator, 0), share.denominator
 
 
+def as_mask(name: str, mask: Any) -> Any:
+    """Integers 0 and 1 as booleans; booleans, and None, as they are."""
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        fail(name, "of booleans, or of integers 0 and 1", mask.dtype)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
+        fail(name, "of booleans, or of integers 0 and 1", f"integers from {int(mask.min())} to {int(mask.max())}")
+    return mask != 0
+
+
+def check_groups(group_size: Any, group_ids: Any, B: int, device: torch.device) -> None:
+    """Exactly one of the two ways to name the groups of B sequences."""
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids, shape=(B,), dtypes=(torch.int64, torch.int32), device=device)
+        if group_size is not None:
+            fail("group_size", "left out where `group_ids` is given", group_size)
+        return
+    check_count("group_size", group_size)
+    if B % group_size:
+        fail("group_size", f"a divisor of the number of sequences, {B}", group_size)
+
+
 def check_layout(tokens: Tensor, name: str, completion_mask: Any, cu_seqlens: Any) -> int:
     """Exactly one of the two layouts, fitting `tokens` ([B, T] or [N], called `name`) -> B."""
     if (completion_mask is None) == (cu_seqlens is None):
@@ -225,3 +248,11 @@ def check_layout(tokens: Tensor, name: str, completion_mask: Any, cu_seqlens: An
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail("cu_seqlens", "of shape [B + 1]", tuple(cu_seqlens.shape))
     return cu_seqlens.shape[0] - 1
+
+
+def check_offsets(cu_seqlens: Tensor, N: int) -> None:
+    """The values, on the CPU only."""
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        steps = cu_seqlens[1:] - cu_seqlens[:-1]
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != N or bool((steps < 0).any()):
+            fail("cu_seqlens", f"non-decreasing from 0 to N = {N}", cu_seqlens.tolist())

@@ -65,7 +65,8 @@ def weighted_sum(weights: Tensor, logprobs: Tensor) -> Tensor:
     return torch.where((weights == 0) & logprobs.isneginf(), 0.0, weights * logprobs).sum()
 
 
-def check_loss(loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, dev):
+def check_loss(loss_type, max_completion_length, denominator, advantages, groups, answer_start, no_answer, B, dev):
+    """groups: (group_size, group_ids)"""
     arguments.check_choice("loss_type", loss_type, LOSS_TYPES)
     if max_completion_length is not None:
         arguments.check_count("max_completion_length", max_completion_length)
@@ -80,7 +81,7 @@ def check_loss(loss_type, max_completion_length, denominator, advantages, group_
         if denominator < 0:
             arguments.fail("denominator", "0 or more", denominator)
     if advantages is None:
-        arguments.check_count("group_size", group_size)
+        arguments.check_groups(groups[0], groups[1], B, dev)
         if answer_start is None:
             arguments.fail("answer_start", "given where `advantages` is not", None)
         return
@@ -118,6 +119,7 @@ def sega_loss(
     inplace_backward: bool = False,
     backend: str = "auto",
     score: LinearScore | None = None,
+    group_ids: Tensor | None = None,
 ) -> SegaOutput:
     """Self-evaluated group advantage loss, from logits.
 
@@ -135,7 +137,7 @@ def sega_loss(
     Args:
         logits, targets, completion_mask, cu_seqlens, temperature, softcap, ignore_index, inplace_backward, backend: as
             for `token_stats` and `entropy_scores`.
-        answer_start, group_size, score, fork_weight, top_m, no_answer, valid, mapping, scale, eps: as for
+        answer_start, group_size, group_ids, score, fork_weight, top_m, no_answer, valid, mapping, scale, eps: as for
             `fused_entropy_score`. Needed only where `advantages` is not given, but for `valid`.
         advantages: [B]: use these, not the logits' own. Invalid sequences still count for nothing.
         denominator: Z. A step split into micro-batches passes the Z of the whole step, and the sum of the parts'
@@ -150,9 +152,12 @@ def sega_loss(
     Source: GEM (arXiv 2511.13007), Eq. 2.
     """
     arguments.check_logits(logits, targets)
+    completion_mask = arguments.as_mask("completion_mask", completion_mask)
+    valid = arguments.as_mask("valid", valid)
     B = arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
+    groups = (group_size, group_ids)
     check_loss(
-        loss_type, max_completion_length, denominator, advantages, group_size, answer_start, no_answer, B, logits.device
+        loss_type, max_completion_length, denominator, advantages, groups, answer_start, no_answer, B, logits.device
     )
     if answer_start is None:
         answer_start = torch.full((B,), -1, dtype=torch.int64, device=logits.device)
@@ -169,10 +174,14 @@ def sega_loss(
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(entropy, stats.logprobs, spans, fork_weight, score)
     if advantages is None:
-        assert group_size is not None
-        advantages = group_advantages(
-            scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, backend=backend
-        )
+        options: dict[str, Any] = {
+            "mapping": mapping,
+            "scale": scale,
+            "eps": eps,
+            "backend": backend,
+            "group_ids": group_ids,
+        }
+        advantages = group_advantages(scores.score, group_size, valid=scores.valid, **options)
     advantages = torch.where(scores.valid, advantages.float(), 0.0)
     counts = token_counts(targets, completion_mask, cu_seqlens, ignore_index)
     weights = sequence_weights(counts, scores.valid, loss_type, max_completion_length, denominator)

@@ -122,21 +122,46 @@ def completion_features(
     return CompletionFeatures(**x, valid=ok)
 
 
+def answer_start(
+    token_ids: Tensor,
+    marker: list[list[int]],
+    *,
+    completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Token by token; see `gem_kernels.answer_start`. marker: a list of markers."""
+    B = len(token_ids) if cu_seqlens is None else len(cu_seqlens) - 1
+    starts = torch.full((B,), -1, dtype=torch.int64, device=token_ids.device)
+    for i in range(B):
+        if cu_seqlens is None:
+            counted = completion_mask[i].nonzero()[:, 0].tolist()
+            words = [int(w) if c else None for w, c in zip(token_ids[i], completion_mask[i])][min(counted, default=0) :]
+        else:
+            words = token_ids[int(cu_seqlens[i]) : int(cu_seqlens[i + 1])].tolist()
+        for end in range(len(words) + 1):
+            if any(end >= len(one) and words[end - len(one) : end] == one for one in marker):
+                starts[i] = end
+    return starts
+
+
 def group_advantages(
     scores: Tensor,
-    group_size: int,
+    group_size: int | None = None,
     *,
     valid: Tensor | None = None,
     mapping: str = "identity",
     scale: str = "none",
     eps: float = 1e-4,
+    group_ids: Tensor | None = None,
 ) -> Tensor:
     """A_i = f(S_i) - mean_group f(S), over the valid members; optionally / (std_group + eps). [B] -> [B]."""
     advantages = torch.zeros_like(scores)
-    for begin in range(0, scores.shape[0], group_size):
-        members = torch.arange(begin, begin + group_size, dtype=torch.int64, device=scores.device)
+    if group_ids is None:
+        group_ids = torch.arange(scores.shape[0], dtype=torch.int64, device=scores.device) // group_size
+    for group in group_ids.unique():
+        members = (group_ids == group).nonzero()[:, 0]
         if valid is not None:
-            members = members[valid[begin : begin + group_size]]
+            members = members[valid[members]]
         s = scores[members]
         if len(s) < 2:
             continue
@@ -200,6 +225,7 @@ def sega_loss(
     max_completion_length: int | None = None,
     denominator: float | Tensor | None = None,
     score: LinearScore | None = None,
+    group_ids: Tensor | None = None,
 ) -> SegaOutput:
     """L = -(1/Z) sum_i A_i c_i sum_t logprob_{i,t}, with everything but the log-probabilities held constant."""
     if completion_mask is not None:
@@ -234,7 +260,7 @@ def sega_loss(
         scores = EntropyScores(x.score(score), x.final_entropy, x.fork_entropy, x.valid)
     if advantages is None:
         advantages = group_advantages(
-            scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps
+            scores.score, group_size, valid=scores.valid, mapping=mapping, scale=scale, eps=eps, group_ids=group_ids
         )
     advantages = torch.where(scores.valid, advantages.detach(), torch.zeros_like(advantages))
     lengths = stats.logprobs.new_zeros(n_sequences)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .backends import groups
 from .backends.cpu import span_scores as cpu
 from .backends.types import Completions, ScoreRule
 from .logit_stats import token_stats
@@ -39,10 +40,8 @@ def span_scores_op(
     score = sum of weight * feature; without `logprobs` their features are 0. `top_m` is top_count, or where that is 0
     top_share.
     """
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        steps = cu_seqlens[1:] - cu_seqlens[:-1]
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != entropy.shape[0] or bool((steps < 0).any()):
-            arguments.fail("cu_seqlens", f"non-decreasing from 0 to N = {entropy.shape[0]}", cu_seqlens.tolist())
+    if cu_seqlens is not None:
+        arguments.check_offsets(cu_seqlens, entropy.shape[0])
     logprobs = None if logprobs is None else logprobs.contiguous()
     given = Completions(entropy.contiguous(), logprobs, completion_mask, cu_seqlens, answer_start, valid)
     rule = ScoreRule(weights, *arguments.top_fraction(top_count or top_share), exclude)
@@ -96,9 +95,14 @@ def completion_features(
         >>> x.score(LinearScore({"final_entropy": -1.0, "mean_logprob": 2.0}))
     """
     arguments.check_floating("logprobs", logprobs)
+    completion_mask, valid = _masks(completion_mask, valid)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     features, _, ok = _features_and_score(entropy, logprobs, spans, [0.0] * len(FEATURES))
     return CompletionFeatures(**dict(zip(FEATURES, features.unbind(0))), valid=ok)
+
+
+def _masks(completion_mask: Any, valid: Any) -> tuple[Any, Any]:
+    return arguments.as_mask("completion_mask", completion_mask), arguments.as_mask("valid", valid)
 
 
 @dataclass(frozen=True)
@@ -222,15 +226,15 @@ def entropy_scores(
 
     Args:
         entropy: [B, T] with `completion_mask`, or [N] with `cu_seqlens`; nats, any floating dtype.
-        completion_mask: [B, T] bool, True counts. A completion reaches from its first True to its last; leading False
-            (a prompt) and holes (a tool's output) are allowed and never counted.
+        completion_mask: [B, T] bool, or integers 0 and 1; True counts. A completion reaches from its first True to its
+            last; leading False (a prompt) and holes (a tool's output) are allowed and never counted.
         cu_seqlens: [B + 1] int32, offsets of packed completions: 0, ..., N.
         answer_start: [B] integers, the answer's offset from the completion's first token. Negative, or not below the
             completion's length, means that no answer was found.
         fork_weight: lambda.
         top_m: a float in (0, 1] is a share, an int a count; `num_fork_tokens` says which m they give.
         no_answer: "tail": the answer is then the last fifth, from 4 * length // 5 on; "exclude": it is invalid.
-        valid: [B] bool; False leaves a sequence out (a truncated one, say).
+        valid: [B] bool, or integers 0 and 1; False leaves a sequence out (a truncated one, say).
         backend: as for `token_stats`. "torch" and the CPU go through the sequences one by one.
 
     Returns:
@@ -243,6 +247,7 @@ def entropy_scores(
 
     Source: GEM (arXiv 2511.13007), Eq. 1.
     """
+    completion_mask, valid = _masks(completion_mask, valid)
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     return completion_scores(entropy, entropy, spans, fork_weight)
 
@@ -272,20 +277,23 @@ def _(scores, *args):
 
 def group_advantages(
     scores: Tensor,
-    group_size: int,
+    group_size: int | None = None,
     *,
     valid: Tensor | None = None,
     mapping: str = "identity",
     scale: str = "none",
     eps: float = 1e-4,
     backend: str = "auto",
+    group_ids: Tensor | None = None,
 ) -> Tensor:
     """A_i = f(S_i) - mean of f(S) over the valid members of i's group; optionally / (their standard deviation + eps).
 
     Args:
-        scores: [B], any floating dtype; groups are runs of `group_size`.
-        group_size: G, a divisor of B.
-        valid: [B] bool; invalid members get 0 and are left out of mean and deviation.
+        scores: [B], any floating dtype.
+        group_size: G, a divisor of B: groups are runs of `group_size`.
+        group_ids: [B] integers, in place of `group_size`: equal ids are one group, in any order and of any size. These
+            are grouped in plain torch, whatever `backend` is.
+        valid: [B] bool, or integers 0 and 1; invalid members get 0 and are left out of mean and deviation.
         mapping: f. "identity" (the paper); "softmax" over the group; "rank": the share of the other valid members that
             i beats, ties counting half, in [0, 1].
         scale: "none" (the paper only centres) or "group": divide by the sample standard deviation of f(S), plus eps.
@@ -302,9 +310,8 @@ def group_advantages(
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() != 1:
         got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         arguments.fail("scores", "a floating-point tensor [B]", got)
-    arguments.check_count("group_size", group_size)
-    if scores.shape[0] % group_size:
-        arguments.fail("group_size", f"a divisor of the number of scores, {scores.shape[0]}", group_size)
+    arguments.check_groups(group_size, group_ids, scores.shape[0], scores.device)
+    valid = arguments.as_mask("valid", valid)
     if valid is not None:
         arguments.check_tensor("valid", valid, shape=scores.shape, dtypes=(torch.bool,), device=scores.device)
     arguments.check_choice("mapping", mapping, MAPPINGS)
@@ -312,6 +319,9 @@ def group_advantages(
     arguments.check_number("eps", eps)
     backend = arguments.check_backend(backend, scores.device)
     scores = scores.detach().float().contiguous()
+    if group_ids is not None:
+        return groups.by_id(scores, group_ids, valid, mapping, scale, float(eps))
+    assert group_size is not None
     if scale == "group" and torch.compiler.is_compiling():  # as in `score_weights`
         centred = group_advantages_op(scores, group_size, valid, mapping, "none", 0.0, backend).view(-1, group_size)
         members = torch.ones_like(centred) if valid is None else valid.view(-1, group_size).float()
@@ -332,7 +342,7 @@ def fused_entropy_score(
     completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     answer_start: Tensor,
-    group_size: int,
+    group_size: int | None = None,
     fork_weight: float = 1.0,
     top_m: float | int = 0.1,
     no_answer: str = "tail",
@@ -346,6 +356,7 @@ def fused_entropy_score(
     inplace_backward: bool = False,
     backend: str = "auto",
     score: LinearScore | None = None,
+    group_ids: Tensor | None = None,
 ) -> EntropyScoreOutput:
     """Logits -> log-probs, entropies, entropy scores and group advantages, from one read of the logits.
 
@@ -356,7 +367,7 @@ def fused_entropy_score(
         logits: [B, T, V] with `completion_mask` [B, T], or [N, V] with `cu_seqlens` [B + 1].
         targets: [B, T] or [N].
         answer_start: [B].
-        group_size: G; sequences of one prompt stand together.
+        group_size: G; sequences of one prompt stand together. Or group_ids: [B] integers, equal for one prompt.
         score: a `LinearScore` of named features in place of the paper's score; `fork_weight` is then left out.
 
     Returns:
@@ -373,6 +384,7 @@ def fused_entropy_score(
     Source: GEM (arXiv 2511.13007), Eq. 1 and 2.
     """
     arguments.check_logits(logits, targets)
+    completion_mask, valid = _masks(completion_mask, valid)
     arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
     stats = token_stats(
         logits,
@@ -385,11 +397,13 @@ def fused_entropy_score(
     )
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)
-    return with_advantages(stats, scores, group_size, mapping=mapping, scale=scale, eps=eps, backend=backend)
+    grouping = {"group_size": group_size, "group_ids": group_ids}
+    return with_advantages(stats, scores, **grouping, mapping=mapping, scale=scale, eps=eps, backend=backend)
 
 
-def with_advantages(stats: TokenStats, scores: EntropyScores, group_size: int, **options: Any) -> EntropyScoreOutput:
-    advantages = group_advantages(scores.score, group_size, valid=scores.valid, **options)
+def with_advantages(stats: TokenStats, scores: EntropyScores, **options: Any) -> EntropyScoreOutput:
+    """options: of `group_advantages`."""
+    advantages = group_advantages(scores.score, valid=scores.valid, **options)
     return EntropyScoreOutput(
         scores.score,
         scores.final_entropy,

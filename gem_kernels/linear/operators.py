@@ -150,8 +150,8 @@ def token_stats(given: LinearArguments) -> TokenStats:
 # The SEGA loss.
 
 SEGA = (
-    "Tensor? completion_mask, Tensor? cu_seqlens, Tensor? answer_start, SymInt? group_size, SymInt top_count, "
-    "str no_answer, Tensor? valid, str mapping, str scale, Tensor? advantages, str loss_type, "
+    "Tensor? completion_mask, Tensor? cu_seqlens, Tensor? answer_start, SymInt? group_size, Tensor? group_ids, "
+    "SymInt top_count, str no_answer, Tensor? valid, str mapping, str scale, Tensor? advantages, str loss_type, "
     "SymInt? max_completion_length, Tensor? denominator, bool has_denominator, float[]? score, bool[] needs"
 )
 
@@ -161,14 +161,15 @@ SEGA = (
 )
 def linear_sega_op(*flat):
     """-> the tensors of a SegaOutput, then the gradients of hidden, weight and bias; empty where not needed."""
-    (mask, cu_seqlens, answer_start, group_size, top_count, no_answer, valid, mapping, scale, advantages, loss_type,
-     longest, Z, has_Z, score, needs) = flat[N_HEAD:]  # fmt: skip
+    (mask, cu_seqlens, answer_start, group_size, group_ids, top_count, no_answer, valid, mapping, scale, advantages,
+     loss_type, longest, Z, has_Z, score, needs) = flat[N_HEAD:]  # fmt: skip
     given, numbers = _given(flat[:N_HEAD])
     fork_weight, eps, top_share, number = numbers[3:]
     linear = None if score is None else LinearScore({f: w for f, w in zip(FEATURES, score) if w} or {FEATURES[0]: 0.0})
     of = SegaArguments(
         mask, cu_seqlens, answer_start, group_size, fork_weight, top_count or top_share, no_answer, valid, mapping,
         scale, eps, advantages, loss_type, longest, Z if Z is not None or not has_Z else number, linear,
+        group_ids,
     )  # fmt: skip
     out, gradients = sega(given, of, tuple(needs))
     values = (
@@ -222,9 +223,10 @@ def sega_output(given: LinearArguments, of: SegaArguments) -> SegaOutput:
     coefficients = None if of.score is None else list(of.score.coefficients)
     found = linear_sega_op(
         *_flat(given, of.fork_weight, of.eps, 0.0 if count else top_m, Z),
-        of.completion_mask, of.cu_seqlens, of.answer_start, of.group_size, count, of.no_answer, of.valid, of.mapping,
-        of.scale, of.advantages, of.loss_type, of.max_completion_length, Z if isinstance(Z, Tensor) else None,
-        Z is not None, coefficients, list(needs_of(given.hidden, given.weight, given.bias)),
+        of.completion_mask, of.cu_seqlens, of.answer_start, of.group_size, of.group_ids, count, of.no_answer, of.valid,
+        of.mapping, of.scale, of.advantages, of.loss_type, of.max_completion_length,
+        Z if isinstance(Z, Tensor) else None, Z is not None,
+        coefficients, list(needs_of(given.hidden, given.weight, given.bias)),
     )  # fmt: skip
     loss, score, final, fork, valid, advantages, logprobs, entropy, *_ = found
     return SegaOutput(loss, score, final, fork, valid, advantages, logprobs, entropy, path="compiled")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class SegaArguments:
     max_completion_length: Any
     denominator: Any
     score: Any
+    group_ids: Any = None
 
 
 def sega(given: LinearArguments, of: SegaArguments, needs: tuple[bool, bool, bool]) -> tuple[SegaOutput, Gradients]:
@@ -48,6 +49,8 @@ def sega(given: LinearArguments, of: SegaArguments, needs: tuple[bool, bool, boo
     completion_mask, cu_seqlens, answer_start, advantages = (
         of.completion_mask, of.cu_seqlens, of.answer_start, of.advantages,
     )  # fmt: skip
+    completion_mask = arguments.as_mask("completion_mask", completion_mask)
+    valid = arguments.as_mask("valid", of.valid)
     targets, host = given.targets, None
     if isinstance(targets, Tensor):
         host = host_layout(targets, completion_mask, cu_seqlens)
@@ -58,16 +61,14 @@ def sega(given: LinearArguments, of: SegaArguments, needs: tuple[bool, bool, boo
     head, options = check_head(given)
     B = arguments.check_layout(targets, "targets", completion_mask, cu_seqlens)
     check_loss(
-        of.loss_type, of.max_completion_length, of.denominator, advantages, of.group_size, answer_start, of.no_answer,
-        B, targets.device,
+        of.loss_type, of.max_completion_length, of.denominator, advantages, (of.group_size, of.group_ids), answer_start,
+        of.no_answer, B, targets.device,
     )  # fmt: skip
     if answer_start is None:
         answer_start = torch.full((B,), -1, dtype=torch.int64, device=targets.device)
-    spans = Spans(completion_mask, cu_seqlens, answer_start, of.top_m, of.no_answer, of.valid, given.backend)
+    spans = Spans(completion_mask, cu_seqlens, answer_start, of.top_m, of.no_answer, valid, given.backend)
     assert host is not None
     batch = _Batch(B, targets, spans, of.fork_weight, of.score, host.offsets)
-    if advantages is None and B % cast(int, of.group_size):
-        arguments.fail("group_size", f"a divisor of the number of sequences, {B}", of.group_size)
     rows = token_rows(given.hidden.detach(), targets, head, options, host.rows)
     # Which sequences are valid depends on masks and answers alone, so Z is known before any entropy is.
     nothing = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
@@ -76,9 +77,10 @@ def sega(given: LinearArguments, of: SegaArguments, needs: tuple[bool, bool, boo
     weights = sequence_weights(counts, is_valid, of.loss_type, of.max_completion_length, of.denominator)
     if advantages is not None:
         advantages = torch.where(is_valid, advantages.float(), 0.0)
-    group = _Grouping(of.group_size, of.mapping, of.scale, of.eps, given.backend)
+    group = _Grouping(of.group_size, of.group_ids, of.mapping, of.scale, of.eps, given.backend)
     call = _Call(batch, rows, head, weights, needs, group, advantages)
-    bounds = batch.group_bounds(of.group_size, rows) if advantages is None else []
+    run_length = of.group_size if of.group_ids is None else max(1, B)
+    bounds = batch.group_bounds(run_length, rows) if advantages is None else []
     path, run = "one_shot", _by_group
     longest = max((e - b for b, e in itertools.pairwise(bounds)), default=0)
     if longest > head.rows_per_chunk and not (needs == (True, False, False) and head.active_vocab is None):
@@ -148,6 +150,8 @@ class _Batch:
 @dataclass(frozen=True)
 class _Grouping:
     size: Any
+    ids: Tensor | None
+    """Of all sequences, which are then scored together."""
     mapping: str
     scale: str
     eps: float
@@ -157,6 +161,7 @@ class _Grouping:
         return group_advantages(
             scores.score,
             self.size,
+            group_ids=self.ids,
             valid=scores.valid,
             mapping=self.mapping,
             scale=self.scale,

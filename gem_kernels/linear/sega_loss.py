@@ -46,6 +46,7 @@ def fused_linear_sega_loss(
     active_vocab: float | None = None,
     backend: str = "auto",
     score: LinearScore | None = None,
+    group_ids: Tensor | None = None,
 ) -> SegaOutput:
     """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
 
@@ -59,6 +60,8 @@ def fused_linear_sega_loss(
     Args:
         hidden: [B, T, D] with `completion_mask` [B, T], or [N, D] with `cu_seqlens` [B + 1].
         weight: [V, D]; bias [V] or None. targets: [B, T] or [N].
+        group_ids: [B] integers in place of `group_size`, as for `group_advantages`. The whole call is then one group
+            for the workspace, since its members may stand anywhere.
         completion_mask, cu_seqlens: may be on the CPU where the rest is on a GPU. Then the rows under a mask's padding
             are left out of the products, and groups are cut where they end, without a wait. `cu_seqlens` on the GPU:
             all groups are one run of chunks.
@@ -82,7 +85,7 @@ def fused_linear_sega_loss(
     )  # fmt: skip
     of = SegaArguments(
         completion_mask, cu_seqlens, answer_start, group_size, fork_weight, top_m, no_answer, valid, mapping, scale,
-        eps, advantages, loss_type, max_completion_length, denominator, score,
+        eps, advantages, loss_type, max_completion_length, denominator, score, group_ids,
     )  # fmt: skip
     if operators.usable(given):
         return operators.sega_output(given, of)

@@ -119,7 +119,7 @@ def fused_linear_entropy_score(
     completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     answer_start: Tensor,
-    group_size: int,
+    group_size: int | None = None,
     fork_weight: float = 1.0,
     top_m: float | int = 0.1,
     no_answer: str = "tail",
@@ -136,6 +136,7 @@ def fused_linear_entropy_score(
     vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
     score: LinearScore | None = None,
+    group_ids: Tensor | None = None,
 ) -> EntropyScoreOutput:
     """`fused_entropy_score` from hidden states: the logits never exist whole.
 
@@ -144,7 +145,8 @@ def fused_linear_entropy_score(
         weight: [V, D]; bias [V] or None.
         completion_mask, cu_seqlens: may be on the CPU where the rest is on a GPU; rows that the mask leaves out are
             then not multiplied.
-        targets, answer_start, group_size, score and the rest: as for `fused_entropy_score` and `linear_token_stats`.
+        targets, answer_start, group_size, group_ids, score and the rest: as for `fused_entropy_score` and
+            `linear_token_stats`.
 
     Returns:
         EntropyScoreOutput; logprobs and entropy are differentiable in hidden, weight and bias (4 products with
@@ -153,6 +155,8 @@ def fused_linear_entropy_score(
     Raises:
         ValueError: an argument is not as those functions ask.
     """
+    completion_mask = arguments.as_mask("completion_mask", completion_mask)
+    valid = arguments.as_mask("valid", valid)
     rows = None
     if isinstance(targets, Tensor):
         host = host_layout(targets, completion_mask, cu_seqlens)
@@ -176,4 +180,5 @@ def fused_linear_entropy_score(
     )
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)
-    return with_advantages(stats, scores, group_size, mapping=mapping, scale=scale, eps=eps, backend=backend)
+    grouping = {"group_size": group_size, "group_ids": group_ids}
+    return with_advantages(stats, scores, **grouping, mapping=mapping, scale=scale, eps=eps, backend=backend)

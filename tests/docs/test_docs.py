@@ -54,7 +54,7 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "verl", "scores"}
+    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "verl", "scores", "starts"}
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -105,6 +105,20 @@ def test_scores(names):
     first = names["entropy"][0]
     assert float(names["scores"].score[0]) == pytest.approx(float(first[:6].max() - first[6:].mean()), rel=1e-5)
     assert float(names["advantages"].sum()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_starts(names):
+    class Tokenizer:
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return {"####": [9], " ####": [8, 9], "\n####": [7, 9]}[text]
+
+    ids = torch.tensor([[1, 9, 3, 4], [1, 2, 3, 4], [8, 9, 9, 2]])
+    names |= {"tokenizer": Tokenizer(), "completion_ids": ids, "completion_mask": torch.ones_like(ids)}
+    names |= {"rewards": torch.tensor([1.0, 5.0, 3.0]), "prompt_ids": torch.tensor([4, 7, 4])}
+    exec(BLOCKS["starts"], names)
+    assert names["start"].tolist() == [2, -1, 3]
+    assert names["advantages"].tolist() == [-1.0, 0.0, 1.0]
 
 
 def test_trl(names, tmp_path):

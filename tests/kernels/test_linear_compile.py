@@ -146,8 +146,8 @@ def test_opcheck_of_sega(dtype):
     arguments = flat(dtype, more=(1.0, 1e-4, 0.1, 2.0))
     layout = spans(arguments[2])
     more = (
-        layout["completion_mask"], None, layout["answer_start"], 2, 0, "tail", None, "identity", "none", None, "sum",
-        None, None, True, None, [True, True, True],
+        layout["completion_mask"], None, layout["answer_start"], 2, None, 0, "tail", None, "identity", "none", None,
+        "sum", None, None, True, None, [True, True, True],
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     results = torch.library.opcheck(torch.ops.gem_kernels.linear_sega.default, (*arguments, *more), test_utils=tests)

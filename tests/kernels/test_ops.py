@@ -15,6 +15,8 @@ import torch._dynamo.testing
 
 import gem_kernels
 from gem_kernels import (
+    answer_start,
+    answer_start_from_offsets,
     arguments,
     completion_features,
     entropy_scores,
@@ -222,6 +224,7 @@ def test_results_are_pytrees():
 LOGITS, TARGETS, MASK, START = batch()
 ENTROPY = torch.rand(2, 6)
 VALID = torch.ones(2, dtype=torch.bool)
+OFFSETS = torch.arange(12).view(6, 2).repeat(2, 1, 1)
 GOOD = {
     token_stats: {"logits": LOGITS, "targets": TARGETS},
     entropy_scores: {"entropy": ENTROPY, "completion_mask": MASK, "answer_start": START},
@@ -236,6 +239,8 @@ GOOD = {
     sega_loss: {
         "logits": LOGITS, "targets": TARGETS, "completion_mask": MASK, "answer_start": START, "group_size": 2,
     },
+    answer_start: {"token_ids": TARGETS, "marker": [1, 2], "completion_mask": MASK},
+    answer_start_from_offsets: {"offsets": OFFSETS, "answer_offset": START, "completion_mask": MASK},
 }  # fmt: skip
 PACKED = {
     "completion_mask": None,
@@ -243,6 +248,8 @@ PACKED = {
     "targets": TARGETS[0],
     "entropy": ENTROPY[0],
     "logprobs": -ENTROPY[0],
+    "token_ids": TARGETS[0],
+    "offsets": OFFSETS[0],
 }
 
 
@@ -314,7 +321,7 @@ BAD = {
     ],
     "completion_mask": [
         (None, "neither"),
-        (MASK.int(), "int32"),
+        (MASK.int() * 2, "2"), (MASK.float(), "float32"),
         (MASK[:, :5], r"\(2, 5\)"),
         ([True], "list"),
         (MASK.to("meta"), "meta"),
@@ -335,6 +342,22 @@ BAD = {
         (True, "True"),
         (None, "None"),
     ],
+    "group_ids": [
+        ([0, 0], "list"),
+        (torch.zeros(2), "float32"),
+        (torch.zeros(3, dtype=torch.int64), r"\(3,\)"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "meta"),
+    ],
+    "marker": [
+        ([], r"\[\]"), ([[]], r"\[\[\]\]"), ("####", "####"), ([1.0], "1.0"), ([[1], 2], "2"), ([True], "True"),
+    ],
+    "token_ids": [(None, "NoneType"), (TARGETS.float(), "float32"), (TARGETS[0], r"\(6,\)")],
+    "offsets": [
+        (None, "NoneType"), (OFFSETS.float(), "float32"), (OFFSETS[..., :1], r"\(2, 6, 1\)"), (OFFSETS[0], r"\(6,\)"),
+    ],
+    "answer_offset": [
+        ([1, 2], "list"), (START.float(), "float32"), (START[:1], r"\(1,\)"), (START.to("meta"), "meta"),
+    ],
     "fork_weight": [
         (10**400, "integer of 1329 bits"), (-1e39, r"-1e\+39"),
         ("1", "'1'"),
@@ -347,7 +370,8 @@ BAD = {
     ],
     "num_reasoning": [(3, "int"), (torch.tensor([3.0]), "float32"), (torch.tensor([True]), "bool")],
     "no_answer": [("last", "'last'"), (None, "None")],
-    "valid": [(VALID.int(), "int32"), (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
+    "valid": [(VALID.int() * 2, "2"), (VALID.float(), "float32"),
+        (VALID[:1], r"\(1,\)"), ([True, True], "list"), (VALID.to("meta"), "meta")],
     "mapping": [("linear", "'linear'"), (None, "None")],
     "scale": [("batch", "'batch'"), (True, "True")],
     "score": [("paper", "str"), ({"length": 1.0}, "dict"), (1.0, "float")],
@@ -427,9 +451,12 @@ def test_what_one_argument_asks_of_another():
             token_stats(logits, TARGETS % 20, inplace_backward=True)
 
 
-def test_a_missing_group_size_is_python_s_own_error():
-    with pytest.raises(TypeError, match="group_size"):
-        fused_entropy_score(LOGITS, TARGETS, completion_mask=MASK, answer_start=START)
+def test_groups_are_named_in_one_way():
+    one = {k: v for k, v in GOOD[fused_entropy_score].items() if k != "group_size"}
+    with pytest.raises(ValueError, match=r"`group_size` must be an integer .*, got None"):
+        fused_entropy_score(**one)
+    with pytest.raises(ValueError, match=r"`group_size` must be left out where `group_ids` is given, got 2"):
+        fused_entropy_score(**one, group_size=2, group_ids=torch.zeros(2, dtype=torch.int64))
 
 
 TRITON_ON_CPU = """
