@@ -26,9 +26,9 @@ from gem.config.settings import RowSettings, TextSettings
 from gem.config.use import CalibrateSettings, EvaluateSettings, GenerateSettings, ScoreSettings
 from gem.data.pairs import answers_from_row
 from gem.data.sources import GivenRows, Row, Source
-from gem.errors import UserError
+from gem.errors import UserError, path_of
 from gem.evaluation.evaluate import Evaluation
-from gem.files import path_of, remove_directory, write_directory
+from gem.files import remove_directory, write_directory
 from gem.loop import TrainResult
 from gem.model.load import save_pretrained
 from gem.model.opened import ModelLike, OpenedModel, model_name, open_model

@@ -1,8 +1,12 @@
-"""What ends a command: a mistake that the user can put right (exit code 2), or a signal (128 + its number)."""
+"""What ends a command: a mistake that the user can put right (exit code 2), or a signal (128 + its number).
+
+And what an error message is made of: a value shown in few words, and the path of a name."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,3 +23,39 @@ class Interrupted(BaseException):
     @property
     def exit_code(self) -> int:
         return 128 + self.number
+
+
+def short(value: Any, most: int = 120) -> str:
+    """repr of a value for a message: never long, whatever the value; of text the middle is left out."""
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        parts = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        if len(parts) > 8 or any(isinstance(part, dict | list | tuple | set | frozenset) for part in parts):
+            return f"a {type(value).__name__} of {len(value)}"  # one part may stand in it a million times
+        inner = ", ".join(short(part, most) for part in parts)
+        return _cut(f"{type(value).__name__} of {inner}" if isinstance(value, dict) else f"[{inner}]", most)
+    if isinstance(value, int) and abs(value) >= 10**30:  # its digits may be more than Python writes
+        return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, str | bytes) and len(value) > 4 * most:
+        return _cut(repr(value[: 2 * most]), most)
+    return _cut(repr(value), most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
+
+
+def path_of(name: str | Path, what: str) -> Path:
+    """The path of that name, "~" as the home directory; `UserError` where it cannot be looked at. It need not exist."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except RuntimeError as error:
+        raise UserError(f"{what}: {name}: there is no such user, so no home directory; write the path out") from error
+    except ValueError as error:  # a NUL character, half a character
+        raise UserError(f"{what}: {str(name)!r} is no name of a file: {error}") from error
+    except OSError as error:
+        text = str(name) if len(str(name)) <= 100 else f"{str(name)[:100]}..."
+        raise UserError(f"{what}: cannot look at {text!r}: {error.strerror}") from error
+    return path

@@ -16,23 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def path_of(name: str | Path, what: str) -> Path:
-    """The path of that name, "~" as the home directory; `UserError` where it cannot be looked at. It need not exist."""
-    try:
-        path = Path(name).expanduser()
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except RuntimeError as error:
-        raise UserError(f"{what}: {name}: there is no such user, so no home directory; write the path out") from error
-    except ValueError as error:  # a NUL character, half a character
-        raise UserError(f"{what}: {str(name)!r} is no name of a file: {error}") from error
-    except OSError as error:
-        text = str(name) if len(str(name)) <= 100 else f"{str(name)[:100]}..."
-        raise UserError(f"{what}: cannot look at {text!r}: {error.strerror}") from error
-    return path
-
-
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:

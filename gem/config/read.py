@@ -13,9 +13,7 @@ import yaml
 from gem.config.plain_yaml import load_yaml
 from gem.config.section import choices_of
 from gem.config.settings import PRESETS, TrainConfig
-from gem.errors import UserError
-from gem.files import path_of
-from gem.terminal.text import short
+from gem.errors import UserError, path_of, short
 
 
 def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides: Any) -> TrainConfig:

@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from gem.config.plain_yaml import load_yaml
-from gem.errors import UserError
-from gem.terminal.text import short
+from gem.errors import UserError, short
 
 # The words of the lists of names.
 CHOICES: dict[str, tuple[str, ...]] = {

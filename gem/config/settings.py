@@ -15,8 +15,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from gem.config.section import Section, setting
-from gem.errors import UserError
-from gem.files import path_of
+from gem.errors import UserError, path_of
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step, one short step per line. "

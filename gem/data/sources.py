@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gem.config.settings import RowSettings
-from gem.errors import UserError
-from gem.files import path_of
+from gem.errors import UserError, path_of
 
 # A report lists so many rows in full; of more it says how many.
 _MAX_LISTED = 50

@@ -10,8 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gem.errors import UserError
-from gem.terminal.text import short
+from gem.errors import UserError, short
 
 NAMES = (
     "Ada", "Ben", "Chen", "Dora", "Eli", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mira", "Nils",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from gem.config.read import build_config, load_config
 from gem.config.settings import RowSettings, TrainConfig
 from gem.data.pairs import load_pairs
-from gem.errors import UserError
-from gem.terminal.text import short, visible
+from gem.errors import UserError, short
+from gem.terminal.text import visible
 from tests.faults.calls import call
 from tests.helpers import FORM
 

@@ -16,9 +16,9 @@ from gem.data.answers import answer_finders
 from gem.data.pairs import load_pairs, load_prompts
 from gem.data.prompts import text_format
 from gem.data.sources import read_rows
-from gem.errors import UserError
+from gem.errors import UserError, short
 from gem.terminal.console import make_console, print_warning, set_level
-from gem.terminal.text import short, visible
+from gem.terminal.text import visible
 from tests.faults.calls import call
 from tests.helpers import FORM, TextSettings, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from gem.data.answers import answer_finders
 from gem.data.batches import collate
 from gem.data.pairs import load_pairs, load_run_pairs, sft_target, split_pairs
 from gem.data.prompts import text_format
-from gem.data.sources import read_rows
+from gem.data.sources import RowReport, read_rows
 from gem.errors import UserError
 from tests.helpers import tiny_tokenizer
 
@@ -292,10 +292,12 @@ def test_a_run_reads_its_sources_as_configured(tmp_path):
     path = write(tmp_path / "p.jsonl", *({**GOOD, "prompt": f"q{i}", "chosen": "2"} for i in range(10)), GOOD, GOOD)
     config = build_config({"model": "m", "train_file": str(path), "output_dir": "o", "eval_fraction": 0.2})
     train, held_out, reports = load_run_pairs(config, FORM, None)
-    assert (len(train), len(held_out)) == (9, 2) and [r.counts() for r in reports] == [{"duplicate": 1}]
+    assert (len(train), len(held_out)) == (9, 2) and reports[0].counts() == {"duplicate": 1}
     assert text(train[0].sft_ids) == "Final Answer: 2<|im_end|>" and text(train[0].chosen_ids) == "2<|im_end|>"
     two = config.changed(eval_file=str(path), chain_of_thought=False)
-    assert [len(part) for part in load_run_pairs(two, FORM, None)] == [11, 11, 2]
+    train, held_out, reports = load_run_pairs(two, FORM, None)
+    assert (len(train), len(held_out)) == (11, 11) and [type(report) for report in reports[:2]] == [RowReport] * 2
+    assert any("learned by heart" in words for words in reports[2:])  # the same rows stand in both
     assert text_format(tiny_tokenizer(), two).system_prompt == DIRECT_SYSTEM_PROMPT
     assert text_format(tiny_tokenizer(), config).system_prompt == config.system_prompt
 

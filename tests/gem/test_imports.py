@@ -29,7 +29,7 @@ ROOMS = [
     ),
     *("demo", "api", "cli", "__main__"),
 ]
-MOST_FLOORS = 13
+MOST_FLOORS = 12
 MOST_FILES = 8
 
 
