@@ -100,8 +100,8 @@ def train(kind, name, models, tokenizer, folder, lora=False, **more):
     data, settings, _ = KINDS[kind]
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "logging_steps": 1,
-        "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0,
-        "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
+        "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 0.1, "optim": "sgd",
+        "max_grad_norm": 0.0, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
         **settings, **more,
     }  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(models / name)

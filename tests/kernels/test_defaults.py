@@ -108,6 +108,24 @@ def features(x: dict, backend: str) -> list:
     return [*vars(found).values(), found.score(gk.LinearScore({"mean_logprob": 2.0, "length": -0.1}))]
 
 
+def by_id(x: dict, backend: str) -> list:
+    ids = x["targets"][:, 0] % 2
+    return [
+        gk.group_advantages(x["advantages"], group_ids=ids, mapping=mapping, scale=scale, backend=backend)
+        for mapping in ("identity", "softmax", "rank")
+        for scale in ("none", "group")
+    ]
+
+
+def starts(x: dict, backend: str) -> list:
+    spans = torch.stack([x["targets"], x["targets"] + 1], -1)
+    return [
+        gk.answer_start(x["targets"], [int(x["targets"][0, 1])], completion_mask=x["mask"]),
+        gk.answer_start(x["targets"][x["mask"]], [[1], [2, 3]], cu_seqlens=x["cu_seqlens"]),
+        gk.answer_start_from_offsets(spans, x["answer_start"], completion_mask=x["mask"].long()),
+    ]
+
+
 CALLS = {
     "num_fork_tokens": lambda x, backend: [gk.num_fork_tokens(x["answer_start"], top_m) for top_m in (0.1, 2)],
     "completion_features": features,
@@ -127,6 +145,8 @@ CALLS = {
     "fused_linear_sega_loss": of_hidden(gk.fused_linear_sega_loss),
     "fused_linear_sega_loss, advantages": of_hidden(gk.fused_linear_sega_loss, advantages=lambda x: x["advantages"]),
     "fused_linear_sega_loss, packed": packed,
+    "group_advantages by group_ids": by_id,
+    "answer_start, answer_start_from_offsets": starts,
 }
 
 
