@@ -71,6 +71,14 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal():
+    """A shell starts what it runs in the background with SIGINT ignored, nohup with SIGHUP, and processes inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

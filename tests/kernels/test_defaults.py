@@ -108,6 +108,19 @@ def features(x: dict, backend: str) -> list:
     return [*vars(found).values(), found.score(gk.LinearScore({"mean_logprob": 2.0, "length": -0.1}))]
 
 
+def answers(x: dict, backend: str) -> list:
+    """Of token ids, and of offsets of one character a token; no backend is chosen."""
+    tokens, mask = x["targets"], x["mask"]
+    marker = [int(tokens[0, 1])]
+    ends = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int64, device=tokens.device)
+    offsets = torch.stack([ends - 1, ends], -1).expand(*tokens.shape, 2).contiguous()
+    reached = torch.full_like(tokens[:, 0], 2)
+    return [
+        gk.answer_start(tokens, marker, completion_mask=mask),
+        gk.answer_start_from_offsets(offsets, reached, completion_mask=mask),
+    ]
+
+
 def by_id(x: dict, backend: str) -> list:
     ids = x["targets"][:, 0] % 2
     return [
@@ -117,16 +130,8 @@ def by_id(x: dict, backend: str) -> list:
     ]
 
 
-def starts(x: dict, backend: str) -> list:
-    spans = torch.stack([x["targets"], x["targets"] + 1], -1)
-    return [
-        gk.answer_start(x["targets"], [int(x["targets"][0, 1])], completion_mask=x["mask"]),
-        gk.answer_start(x["targets"][x["mask"]], [[1], [2, 3]], cu_seqlens=x["cu_seqlens"]),
-        gk.answer_start_from_offsets(spans, x["answer_start"], completion_mask=x["mask"].long()),
-    ]
-
-
 CALLS = {
+    "answer_start, answer_start_from_offsets": answers,
     "num_fork_tokens": lambda x, backend: [gk.num_fork_tokens(x["answer_start"], top_m) for top_m in (0.1, 2)],
     "completion_features": features,
     "token_stats": of_logits(gk.token_stats, temperature=lambda x: x["tau"], softcap=9.0),
@@ -146,7 +151,6 @@ CALLS = {
     "fused_linear_sega_loss, advantages": of_hidden(gk.fused_linear_sega_loss, advantages=lambda x: x["advantages"]),
     "fused_linear_sega_loss, packed": packed,
     "group_advantages by group_ids": by_id,
-    "answer_start, answer_start_from_offsets": starts,
 }
 
 

@@ -238,7 +238,8 @@ def test_grpo_with_clipping_kl_and_entropy_bonus(dtype, workspace_bytes, backend
         targets=p.targets, token_loss=grpo, token_inputs=inputs, **leaves, **p.options, **options
     )
     ours = gradients(out.loss, leaves)
-    assert_all_within_budget(ours, results[1], results[0], dtype)
+    # A softcapped logit, from one approximate exponential, errs by up to five roundings of c / 2; eager's tanh by one.
+    assert_all_within_budget(ours, results[1], results[0], dtype, condition=2.0)
     stats = gem_kernels.linear_token_stats(targets=p.targets, **leaves, **p.options, **options)
     assert torch.equal(out.logprobs, stats.logprobs) and torch.equal(out.entropy, stats.entropy)
 
