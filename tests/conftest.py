@@ -73,7 +73,7 @@ def signals_as_before():
 
 @pytest.fixture(autouse=True, scope="session")
 def signals_as_in_a_terminal():
-    """A shell starts what it runs in the background with SIGINT ignored, nohup with SIGHUP, and processes inherit it."""
+    """A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP; processes inherit both."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
