@@ -172,11 +172,16 @@ def test_the_same_losses_with(kind, name, more, models, tokenizer, tmp_path, cou
     assert all(counted)
 
 
-@pytest.mark.parametrize("kind", ["KTO", "GRPO"])
-def test_bf16_autocast_within_trl_s_own_error(kind, models, tokenizer, tmp_path, counted):
+@pytest.mark.parametrize(
+    "kind,settings",
+    [("KTO", {}), ("GRPO", {}), ("GRPO", {"cast_lm_head_to_fp32": True})],
+    ids=["KTO", "GRPO", "fp32-head"],
+)
+def test_bf16_autocast_within_trl_s_own_error(kind, settings, models, tokenizer, tmp_path, counted):
     """The first step, where all have the same weights: the gradient's error against float32 is no larger than TRL's."""
     found = {}
     for who, more in (("exact", {}), ("own", {"bf16": True}), ("ours", {"bf16": True})):
+        more = more | settings
         with use_gem_kernels() if who == "ours" else contextlib.nullcontext():
             # A step of SGD leaves the gradient in the weights.
             trainer = train(kind, "dense", models, tokenizer, tmp_path, **more, max_steps=1, learning_rate=1.0)
