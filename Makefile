@@ -4,9 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# One worker more than cores: some tests wait, for processes, a browser or a limit of time.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 5))')
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-numerics bench lint clean
 
@@ -27,11 +25,11 @@ $(VENV)/.dev: $(STAMP)
 test: $(VENV)/.dev
 	$(PYTEST)
 
-# What compares numbers, once more: as a CPU without AVX-512 computes them, with threads; and with one thread.
+# What compares numbers, once more: as a CPU without AVX-512 computes them, and with one thread.
 # (`make test` gives every worker its share of the cores, which on two cores is one thread.)
 NUMERICS ?=
 test-numerics: $(VENV)/.dev
-	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numerical $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numerical $(NUMERICS)
 	OMP_NUM_THREADS=1 $(PYTEST) -m numerical $(NUMERICS)
 
 $(VENV)/.peers: $(STAMP)
