@@ -6,17 +6,18 @@ on the CPU only: on a GPU a look would wait for the device.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .types import FLOAT32_MAX
+from .types import EXTRA_STATS, FLOAT32_MAX
 
 FLOAT32_TINY = 2.0**-126
 """The smallest number of float32 that has all digits."""
@@ -186,6 +187,19 @@ def _interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def check_extra(extra: Any) -> tuple[str, ...]:
+    """Names of EXTRA_STATS, in their order, each once."""
+    names = tuple(extra) if isinstance(extra, Iterable) and not isinstance(extra, (str, Tensor)) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        fail("extra", f"a sequence of names, such as ({EXTRA_STATS[0]!r},)", shown(extra))
+    for name in names:
+        if name not in EXTRA_STATS:
+            near = difflib.get_close_matches(name, EXTRA_STATS, 3, 0.5)
+            meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            fail("extra", f"names among {', '.join(map(repr, EXTRA_STATS))}", shown(name) + meant)
+    return tuple(name for name in EXTRA_STATS if name in names)
 
 
 def check_top_m(top_m: Any) -> None:

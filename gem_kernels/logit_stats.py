@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _gradient_like(logits: Tensor) -> Tensor:
     return memory.as_strided((R1, R2, V), (outer, inner, 1), base).view(logits.shape)
 
 
-# The operators, whose arguments are flat. Optional[...] is spelled out where torch.library infers the schema from it.
+# The operators, whose arguments are flat.
 
 
 def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,31 +45,40 @@ def _flat_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return rows, targets.reshape(-1).to(torch.int64).contiguous()
 
 
-def _four_vectors(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4))
+def _vectors(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Four, and one for each of the last argument's names in a fifth tensor."""
+    shapes = [targets.shape] * 4 + [(len(args[-1]), *targets.shape)]
+    return tuple(torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes)
 
 
 def _row_stats(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
-    temperatures: Optional[Tensor],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
+    temperatures: Tensor | None,
+    softcap: float | None,
     ignore_index: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32."""
-    options = RowOptions(temperature, temperatures, softcap, ignore_index, backend)
+    extra: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """[..., V], [...] -> logprobs, entropy, row_max, log_sum, each [...] float32; and extra's, [len(extra), ...]."""
+    options = RowOptions(temperature, temperatures, softcap, ignore_index, backend, tuple(extra))
     check_values(targets, options, logits.shape[-1])
-    # Four tensors of their own: an operator may not return views of one buffer.
-    logprobs, entropy, row_max, log_sum = _four_vectors(logits, targets)
+    # Tensors of their own: an operator may not return views of one buffer.
+    logprobs, entropy, row_max, log_sum, more = _vectors(logits, targets, extra)
     out = RowStats(*(x.view(-1) for x in (logprobs, entropy, row_max, log_sum)))
-    rows_forward(*_flat_rows(logits, targets), options, out)
-    return logprobs, entropy, row_max, log_sum
+    rows_forward(*_flat_rows(logits, targets), options, out, more.view(len(extra), -1) if extra else None)
+    return logprobs, entropy, row_max, log_sum, more
 
 
-row_stats_op = torch.library.custom_op("gem_kernels::row_stats", _row_stats, mutates_args=())
-row_stats_op.register_fake(_four_vectors)
+row_stats_op = torch.library.custom_op(
+    "gem_kernels::row_stats",
+    _row_stats,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, float? softcap, "
+    "SymInt ignore_index, str backend, str[] extra) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+row_stats_op.register_fake(_vectors)
 
 
 # The two backward operators take the same: a RowOptions and a RowGradients.
@@ -123,11 +133,11 @@ NO_SECOND = "token_stats has no second derivative: its gradient is a constant of
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, temperatures, softcap, ignore_index, backend = inputs
-    _, entropy, row_max, log_sum = output
+    logits, targets, temperature, temperatures, softcap, ignore_index, backend, _ = inputs
+    _, entropy, row_max, log_sum, more = output
     ctx.save_for_backward(logits, targets, temperatures, row_max, log_sum, entropy)
     ctx.numbers = (temperature, softcap, ignore_index, backend)
-    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.mark_non_differentiable(row_max, log_sum, more)
 
 
 def _after_logits(ctx, grad_logprobs, grad_entropy):
@@ -161,7 +171,7 @@ def _unwatched(logits: Tensor) -> bool:
     return type(logits) in (Tensor, torch.nn.Parameter) and not is_in_torch_dispatch_mode() and not in_torch_func()
 
 
-def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
+def _backward(ctx, grad_logprobs, grad_entropy, *_):
     logits = ctx.saved_tensors[0]
     make: Any = row_stats_backward_op
     if not torch.compiler.is_compiling():
@@ -170,7 +180,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
         elif _unwatched(logits):
             make = _row_stats_backward
     grad = make(logits, *_after_logits(ctx, grad_logprobs, grad_entropy))
-    return grad, None, None, None, None, None, None
+    return grad, None, None, None, None, None, None, None
 
 
 row_stats_op.register_autograd(_backward, setup_context=_setup_context)
@@ -217,7 +227,7 @@ class _RowStatsInPlace(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
+    def backward(ctx, grad_logprobs, grad_entropy, *_):
         if torch.is_grad_enabled():
             raise RuntimeError(f"{NO_SECOND}, and inplace_backward can make no graph of it")
         memory = ctx.saved_tensors[0]
@@ -228,7 +238,7 @@ class _RowStatsInPlace(torch.autograd.Function):
                 if start < stop:
                     memory.narrow(axis, start, stop - start).zero_()
         # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
-        return memory.detach(), None, None, None, None, None, None, None
+        return memory.detach(), None, None, None, None, None, None, None, None
 
 
 def _sliced_from(logits: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -262,6 +272,7 @@ def token_stats(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    extra: Sequence[str] = (),
 ) -> TokenStats:
     """Log-probability of each target and entropy of each row, from one read of the logits.
 
@@ -289,10 +300,14 @@ def token_stats(
             written.
         backend: "auto" (Triton on a GPU; compiled C++ on a CPU, plain torch where no compiler is found), "triton"
             (or an error), "torch" (plain torch).
+        extra: names of further statistics from the same read, each a field of the result and without a gradient:
+            "self_certainty", "varentropy", "log_sum_sq_probs", "mean_logits", "is_top1", "top_logprob", "margin"
+            (TokenStats has their formulas). They see z, as the others do. What is not asked for costs nothing.
 
     Returns:
-        TokenStats(logprobs, entropy), shaped like `targets`, float32. Gradients flow through both to `logits`, in
-        torch.func.grad too; forward mode and second derivatives raise an error.
+        TokenStats(logprobs, entropy), shaped like `targets`, float32, and the fields of `extra` (`is_top1` boolean, the
+        others float32; None where not asked for). Gradients flow through the first two to `logits`, in torch.func.grad
+        too; forward mode and second derivatives raise an error.
 
     Raises:
         ValueError: an argument is not as above. A target outside [0, V) raises on the CPU; on a GPU its row is NaN.
@@ -312,11 +327,20 @@ def token_stats(
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
     backend = arguments.check_backend(backend, logits.device)
-    after = (targets, number, temperatures, softcap, ignore_index, backend)
+    names = arguments.check_extra(extra)
+    after = (targets, number, temperatures, softcap, ignore_index, backend, names)
     if torch.compiler.is_compiling():
-        logprobs, entropy, _, _ = row_stats_op(logits, *after)
+        logprobs, entropy, _, _, more = row_stats_op(logits, *after)
     elif inplace_backward and logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), *after)
+        logprobs, entropy, _, _, more = _RowStatsInPlace.apply(*_sliced_from(logits), *after)
     else:
-        logprobs, entropy, _, _ = (_RowStatsInTorchFunc if in_torch_func() else _RowStats).apply(logits, *after)
-    return TokenStats(logprobs, entropy)
+        logprobs, entropy, _, _, more = (_RowStatsInTorchFunc if in_torch_func() else _RowStats).apply(logits, *after)
+    return TokenStats(logprobs, entropy, **named_extra(names, more))
+
+
+def named_extra(names: Sequence[str], vectors: Tensor | None) -> dict[str, Tensor]:
+    """The optional fields of a TokenStats. vectors: [len(names), ...] float32."""
+    found = {} if vectors is None or not names else dict(zip(names, vectors.unbind(0)))
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"] != 0
+    return found

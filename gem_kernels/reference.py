@@ -7,6 +7,8 @@ Formulas: GEM (arXiv 2511.13007) Eq. 1 and 2; docs/math.md derives the gradients
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,16 +37,17 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    extra: Sequence[str] = (),
 ) -> TokenStats:
-    """logits [..., V], targets [...] -> logprobs [...], entropy [...] in the dtype of `logits`.
+    """logits [..., V], targets [...] -> logprobs [...], entropy [...] in the dtype of `logits`, and `extra_stats`.
 
     With d = z - max z and s = sum e^d:  logprob = d_y - log s,  H = log s - (sum e^d d) / s.
     """
     kept = targets != ignore_index
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(targets.shape)
     # Ignored rows are replaced, not multiplied by zero, so what they hold can reach neither value nor gradient.
-    z = torch.where(kept[..., None], capped(masked(logits), softcap), logits.new_zeros(()))
-    z = z / temperature[..., None]
+    x = torch.where(kept[..., None], capped(masked(logits), softcap), logits.new_zeros(()))
+    z = x / temperature[..., None]
     top = z.detach().amax(-1, keepdim=True)
     d = z - top
     e = d.exp()
@@ -55,7 +58,29 @@ def token_stats(
     index = torch.where(kept, targets, 0)
     logprobs = d.gather(-1, index[..., None])[..., 0] - s.log()
     zero = torch.zeros_like(entropy)
-    return TokenStats(torch.where(kept, logprobs, zero), torch.where(kept, entropy, zero))
+    # Ties are those of the logits before the temperature, whose division may round two of them to one.
+    more = {"is_top1": (x.argmax(-1) == index) & entropy.isfinite(), **extra_stats(d.detach())}
+    more["mean_logits"] = (z.detach() - entropy.detach()[..., None] * 0.0).mean(-1)  # NaN where the row is
+    more = {name: torch.where(kept, more[name], torch.zeros_like(more[name])) for name in extra}
+    return TokenStats(torch.where(kept, logprobs, zero), torch.where(kept, entropy, zero), **more)
+
+
+def extra_stats(d: Tensor) -> dict[str, Tensor]:
+    """Of d = z - max z [..., V], those that are functions of log p = d - log s alone, p = e^d / s."""
+    V = d.shape[-1]
+    log_sum = d.exp().sum(-1)[..., None].log()
+    log_p = d - log_sum
+    p = log_p.exp()
+    finite_log_p = torch.where(log_p == -torch.inf, torch.zeros_like(log_p), log_p)
+    entropy = -(p * finite_log_p).sum(-1, keepdim=True)
+    top, second = torch.nn.functional.pad(d, (0, 1), value=-torch.inf).topk(2).values.unbind(-1)
+    return {
+        "self_certainty": -math.log(V) - log_p.mean(-1),
+        "varentropy": (p * (finite_log_p + entropy).square()).sum(-1),
+        "log_sum_sq_probs": d.mul(2).exp().sum(-1).log() - 2 * log_sum[..., 0],
+        "top_logprob": -log_sum[..., 0],
+        "margin": top - second,
+    }
 
 
 def top_count(top_m: float | int, n: int) -> int:

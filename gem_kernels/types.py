@@ -25,12 +25,41 @@ FLOOR = -1.0e30
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Statistics of each token row, shaped like `targets`."""
+    """Statistics of each token row, shaped like `targets`.
+
+    The optional ones (`EXTRA_STATS`) are None where `extra` did not ask for them. They have no gradient, and see the
+    logits z that the others see, after softcap and temperature. Where the target is ignored they are 0, or False.
+    """
 
     logprobs: Tensor
     """log p(target), nats. 0 where the target is ignored."""
     entropy: Tensor
     """H = -sum_v p_v log p_v, nats. 0 where the target is ignored."""
+    self_certainty: Tensor | None = None
+    """-log V - mean_v log p_v, nats: the KL divergence from p to the uniform distribution. inf with a masked word."""
+    varentropy: Tensor | None = None
+    """sum_v p_v (log p_v + H)^2, nats squared: the variance of log p."""
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_v p_v^2, nats: Renyi's entropy of order 2, negated."""
+    mean_logits: Tensor | None = None
+    """mean_v z_v. -inf with a masked word."""
+    is_top1: Tensor | None = None
+    """Boolean: the target is the first of the words with the largest logit, as torch.argmax has it."""
+    top_logprob: Tensor | None = None
+    """max_v log p_v, nats."""
+    margin: Tensor | None = None
+    """The largest log-prob less the second largest, nats. 0 where two words tie; inf where one word is all."""
+
+
+EXTRA_STATS = (
+    "self_certainty", "varentropy", "log_sum_sq_probs", "mean_logits", "is_top1", "top_logprob", "margin",
+)  # fmt: skip
+"""The optional fields of TokenStats, in the order the operators hold them."""
+
+
+def extra_bits(names: Sequence[str]) -> int:
+    """A bit for each name, by its place in EXTRA_STATS."""
+    return sum(1 << i for i, name in enumerate(EXTRA_STATS) if name in names)
 
 
 FEATURES = (

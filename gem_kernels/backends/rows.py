@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import arguments
 from .cpu import row_stats as cpu
-from .types import RowGradients, RowOptions, RowStats
+from .types import RowExtra, RowGradients, RowOptions, RowStats
 
 
 def row_view(logits: Tensor) -> Tensor | None:
@@ -36,15 +36,24 @@ def row_view(logits: Tensor) -> Tensor | None:
     return view if (within and apart) or transposed else None
 
 
-def rows_forward(rows: Tensor, targets: Tensor, options: RowOptions, out: RowStats | None = None) -> RowStats:
-    """[R1, R2, V] (see row_view), targets [N] int64, contiguous -> `out`, made here if None. Nothing is checked."""
+def rows_forward(
+    rows: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    out: RowStats | None = None,
+    extra: Tensor | None = None,
+) -> RowStats:
+    """[R1, R2, V] (see row_view), targets [N] int64, contiguous -> `out`, made here if None. Nothing is checked.
+
+    extra: [len(options.extra), N] float32, its rows contiguous: what the options ask for is written to it.
+    """
     if out is None:
         out = RowStats(*torch.empty(4, targets.shape[0], dtype=torch.float32, device=rows.device).unbind())
     if options.backend != "triton":
-        return cpu.row_stats_forward(rows, targets, options, out)
+        return cpu.row_stats_forward(rows, targets, options, out, RowExtra.of(options, extra))
     from .triton import launch
 
-    return launch.row_stats_forward(rows, targets, options, out)
+    return launch.row_stats_forward(rows, targets, options, out, extra=extra)
 
 
 def rows_backward(grad: Tensor, rows: Tensor, targets: Tensor, options: RowOptions, vectors: RowGradients) -> None:

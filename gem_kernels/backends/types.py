@@ -30,6 +30,8 @@ class RowOptions:
     ignore_index: int = -100
     backend: str = "cpu"
     """"triton"; "torch" (any device); "cpu": compiled where that is possible, else "torch"."""
+    extra: tuple[str, ...] = ()
+    """Those of EXTRA_STATS that a forward pass makes too."""
 
     @property
     def tau(self) -> float | Tensor:
@@ -48,6 +50,24 @@ class RowStats(NamedTuple):
     entropy: Tensor
     row_max: Tensor
     log_sum: Tensor
+
+
+class RowExtra(NamedTuple):
+    """What else a forward pass makes of each row, where `RowOptions.extra` names it; [N] float32, else None. The fields
+    are those of EXTRA_STATS; `is_top1` is 1 or 0."""
+
+    self_certainty: Any = None
+    varentropy: Any = None
+    log_sum_sq_probs: Any = None
+    mean_logits: Any = None
+    is_top1: Any = None
+    top_logprob: Any = None
+    margin: Any = None
+
+    @staticmethod
+    def of(options: RowOptions, vectors: Tensor | None) -> RowExtra:
+        """vectors: one row for each name, [len(options.extra), N]; each contiguous."""
+        return RowExtra(**dict(zip(options.extra, () if vectors is None else vectors)))
 
 
 class RowGradients(NamedTuple):

@@ -27,8 +27,8 @@ from torch import Tensor
 from .. import arguments
 from ..backends.types import RowGradients
 from ..linear.head import LinearArguments, check_head, token_rows
-from ..linear.products import statistics, statistics_backward
-from ..logit_stats import token_stats
+from ..linear.products import all_statistics, spread_extra, statistics_backward
+from ..logit_stats import named_extra, token_stats
 
 WRITTEN_FOR = "1.16"
 
@@ -49,9 +49,8 @@ def use_gem_kernels() -> Swap:
     """Swaps TRL's fused head and helpers for this package's, at once and for trainers that exist already.
 
     Goes to TRL's own, call by call:
-        the head: where `log_sum_sq_probs` or `is_top1` is asked for (the policy of SFT and DPO), or `mean_logits` with
-            a softcap; under DeepSpeed's ZeRO-3; dtypes other than float32, bfloat16 and float16; devices other than CPU
-            and CUDA.
+        the head: under DeepSpeed's ZeRO-3; dtypes other than float32, bfloat16 and float16; devices other than CPU and
+            CUDA.
         the helpers: several indices a row, rows that do not lie side by side in memory, the same dtypes and devices.
 
     Dtypes: the head's products run in autocast's dtype where it is on, else in that of the hidden states, as TRL's do;
@@ -146,19 +145,15 @@ def head(
     tensors = [x for x in (hidden, weight, bias) if x is not None]
     if not all(_computed(x) for x in tensors) or hasattr(weight, "ds_status") or logit_scale <= 0:
         return None
-    mean_logits = "mean_logits" in outputs
-    if {"log_sum_sq_probs", "is_top1"} & set(outputs) or (mean_logits and final_logit_softcapping is not None):
-        return None
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if dtype not in arguments.LOGIT_DTYPES:
         return None
     options = (temperature, final_logit_softcapping, logit_scale)
-    log_probs, entropy = _head(hidden, weight, bias, targets, dtype, options)
-    means = (
-        _mean_logits(*(x.detach().to(dtype) for x in tensors)) * (logit_scale / temperature) if mean_logits else None
-    )
-    return log_probs, entropy if "entropy" in outputs else None, None, means, None
+    extra = tuple(name for name in OUTPUTS[2:] if name in outputs)
+    log_probs, entropy, more = _head(hidden, weight, bias, targets, dtype, options, extra)
+    found = named_extra(extra, more)
+    return log_probs, entropy if "entropy" in outputs else None, *(found.get(name) for name in OUTPUTS[2:])
 
 
 @arguments.not_compiled
@@ -170,42 +165,43 @@ class _Head(torch.autograd.Function):
     """`linear_token_stats` in a dtype that need not be the inputs' own."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, options):
-        rows, parameters = _rows(hidden, weight, bias, targets, dtype, options)
-        stats = statistics(rows, parameters)
+    def forward(ctx, hidden, weight, bias, targets, dtype, options, extra):
+        rows, parameters = _rows(hidden, weight, bias, targets, dtype, options, extra)
+        stats, more = all_statistics(rows, parameters)
         ctx.save_for_backward(hidden, weight, bias, targets, *stats[1:])
         ctx.dtype, ctx.options = dtype, options
-        return tuple(rows.spread(x) for x in (stats.logprobs, stats.entropy))
+        more = spread_extra(more, rows, targets.shape)
+        ctx.mark_non_differentiable(more)
+        return rows.spread(stats.logprobs), rows.spread(stats.entropy), more
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy, _):
         hidden, weight, bias, targets, *stats = ctx.saved_tensors
-        rows, parameters = _rows(hidden, weight, bias, targets, ctx.dtype, ctx.options)
+        rows, parameters = _rows(hidden, weight, bias, targets, ctx.dtype, ctx.options, ())
         upstream = (rows.gather(g) for g in (grad_logprobs, grad_entropy))
         needs = tuple(ctx.needs_input_grad[:3])
         same = {x.dtype for x in (hidden, weight, bias) if x is not None} == {ctx.dtype}
         vectors = RowGradients(*stats, *upstream)
         (of_hidden, *others), _ = statistics_backward(rows, parameters, vectors, needs, None if same else torch.float32)
         grads = [None if of_hidden is None else rows.spread(of_hidden), *others]
-        return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias))), None, None, None
+        return (
+            *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias))),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _rows(hidden, weight, bias, targets, dtype, options):
+def _rows(hidden, weight, bias, targets, dtype, options, extra):
     temperature, softcap, logit_scale = options
     hidden, weight, bias = (None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias))
     given = LinearArguments(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, IGNORED, None, None, None, "auto", None
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, IGNORED, None, None, None, "auto", extra=extra
     )
     parameters, row_options = check_head(given)
     return token_rows(hidden, targets, parameters, row_options), parameters
-
-
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The mean over words of hidden @ weight.T + bias is hidden @ (mean of weight) + (mean of bias)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        means = hidden.float() @ weight.mean(0, dtype=torch.float32)
-        return means if bias is None else means + bias.mean(dtype=torch.float32)
 
 
 def logprobs(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor | None:

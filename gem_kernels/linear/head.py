@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import arguments
 from ..backends.rows import check_values
 from ..backends.types import RowOptions
+from ..types import extra_bits
 from . import vocab_parallel
 from .active_vocab import check_threshold
 
@@ -41,6 +42,7 @@ class LinearArguments:
     backend: Any
     active_vocab: Any = None
     rows: Any = None
+    extra: Any = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
         )
         workspace = 0 if given.workspace_bytes is None else head.workspace_bytes
         sizes = (V, targets.numel(), hidden.shape[-1])
-        facts = (*sizes, needs_hidden, needs_head, *dtypes, workspace, given.ignore_index)
+        facts = (*sizes, needs_hidden, needs_head, *dtypes, workspace, given.ignore_index, extra_bits(options.extra))
         shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
         assert shards is not None
         head, V = replace(head, shards=shards), shards.starts[-1]
@@ -237,9 +239,10 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     arguments.check_count("workspace_bytes", workspace_bytes)
     _check_rows(given.rows, targets.numel())
     backend = arguments.check_backend(given.backend, hidden.device)
+    extra = arguments.check_extra(given.extra)
     bias = None if bias is None else bias.detach()
     head = HeadParameters(weight.detach(), bias, logits_dtype, workspace_bytes, tile_rows=tile_rows)
-    return head, RowOptions(number, temperatures, softcap, given.ignore_index, backend)
+    return head, RowOptions(number, temperatures, softcap, given.ignore_index, backend, extra)
 
 
 def _check_rows(rows: Any, total: int) -> None:

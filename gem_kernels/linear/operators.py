@@ -11,16 +11,19 @@ the active vocabulary, which returns its errors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..backends.types import RowGradients
+from ..logit_stats import named_extra
 from ..types import FEATURES, LinearScore, SegaOutput, TokenStats
 from .head import LinearArguments, check_head, token_rows
 from .one_shot import needs_of
-from .products import held_dtype, statistics, statistics_backward
+from .products import all_statistics, held_dtype, spread_extra, statistics_backward
 from .sega import SegaArguments, sega
 
 # numbers: temperature, softcap, logit_scale, and of linear_sega fork_weight, eps, top_m, denominator.
@@ -81,21 +84,26 @@ def _fake_gradients(flat: tuple, needs: tuple, held: bool) -> tuple:
 
 
 @torch.library.custom_op(
-    "gem_kernels::linear_stats", mutates_args=(), schema=f"({HEAD}, Tensor? rows) -> (Tensor, Tensor, Tensor, Tensor)"
+    "gem_kernels::linear_stats",
+    mutates_args=(),
+    schema=f"({HEAD}, Tensor? rows, str[] extra) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_stats_op(*flat):
-    """-> logprobs, entropy, row_max, log_sum, each shaped like `targets`, float32."""
-    known = flat[N_HEAD]
+    """-> logprobs, entropy, row_max, log_sum, each shaped like `targets`, float32; and extra's, [len(extra), ...]."""
+    known, extra = flat[N_HEAD:]
     given, _ = _given(flat[:N_HEAD], known)
-    head, options = check_head(given)
+    head, options = check_head(replace(given, extra=extra))
     rows = token_rows(given.hidden, given.targets, head, options, known)
-    # Four results of their own: an operator may not return views of one buffer.
-    return tuple(rows.spread(x).reshape(given.targets.shape).clone() for x in statistics(rows, head))
+    # Results of their own: an operator may not return views of one buffer.
+    stats, more = all_statistics(rows, head)
+    found = (rows.spread(x).reshape(given.targets.shape).clone() for x in stats)
+    return *found, spread_extra(more, rows, given.targets.shape).clone()
 
 
 @linear_stats_op.register_fake
 def _(*flat):
-    return tuple(torch.empty(flat[2].shape, dtype=torch.float32, device=flat[0].device) for _ in range(4))
+    shapes = [flat[2].shape] * 4 + [(len(flat[-1]), *flat[2].shape)]
+    return tuple(torch.empty(shape, dtype=torch.float32, device=flat[0].device) for shape in shapes)
 
 
 @torch.library.custom_op(
@@ -122,12 +130,13 @@ def _(*flat):
 
 
 def _setup_stats(ctx, inputs, output):
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output[1:])
+    inputs = inputs[:-1]  # without `extra`
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output[1:4])
     ctx.places = [None if isinstance(x, Tensor) else (x,) for x in inputs]
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward_stats(ctx, grad_logprobs, grad_entropy, _max, _sum):
+def _backward_stats(ctx, grad_logprobs, grad_entropy, *_):
     *tensors, entropy, row_max, log_sum = ctx.saved_tensors
     left = iter(tensors)
     inputs = [next(left) if place is None else place[0] for place in ctx.places]
@@ -136,15 +145,16 @@ def _backward_stats(ctx, grad_logprobs, grad_entropy, _max, _sum):
     a, b = (zeros if g is None else g for g in (grad_logprobs, grad_entropy))
     grads = linear_stats_backward_op(*inputs, entropy, row_max, log_sum, a, b, needs)
     hidden, weight, bias = (g if wanted else None for g, wanted in zip(grads, needs))
-    return hidden, weight, None, bias, *[None] * (len(inputs) - 4)
+    return hidden, weight, None, bias, *[None] * (len(inputs) - 3)
 
 
 linear_stats_op.register_autograd(_backward_stats, setup_context=_setup_stats)
 
 
 def token_stats(given: LinearArguments) -> TokenStats:
-    logprobs, entropy, _, _ = linear_stats_op(*_flat(given), given.rows)
-    return TokenStats(logprobs, entropy)
+    names = arguments.check_extra(given.extra)
+    logprobs, entropy, _, _, extra = linear_stats_op(*_flat(given), given.rows, names)
+    return TokenStats(logprobs, entropy, **named_extra(names, extra))
 
 
 # The SEGA loss.

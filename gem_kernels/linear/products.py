@@ -222,18 +222,30 @@ def row_weights(a: Tensor, b: Tensor, tau: float | Tensor) -> Tensor:
 
 def statistics(rows: TokenRows, head: HeadParameters) -> RowStats:
     """Of the whole rows, [len(rows)]; 1 product."""
-    out = torch.zeros(4, len(rows), dtype=torch.float32, device=rows.hidden.device)
+    return all_statistics(rows, head)[0]
+
+
+def all_statistics(rows: TokenRows, head: HeadParameters) -> tuple[RowStats, Tensor]:
+    """`statistics`, and those that the options ask for besides, [len(options.extra), len(rows)]."""
+    names = rows.options.extra
+    out = torch.zeros(4 + len(names), len(rows), dtype=torch.float32, device=rows.hidden.device)
     products = Products(head, len(rows), (False, False, False))
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
         hidden, targets, options = rows.chunk(begin, end)
-        stats = rows_forward(products.logits(hidden)[None], targets, options)
+        extra = out[4:, begin:end] if names else None
+        stats = rows_forward(products.logits(hidden)[None], targets, options, extra=extra)
         for row, values in zip(out, stats):
             row[begin:end] = values
     if head.shards is not None:
         bounds = (head.workspace_bytes, head.rows_per_chunk)
         head.shards.merge_all(out, rows.targets, rows.options, *bounds)
-    return RowStats(*out)
+    return RowStats(*out[:4]), out[4:]
+
+
+def spread_extra(extra: Tensor, rows: TokenRows, shape: torch.Size) -> Tensor:
+    """[k, len(rows)] -> [k, *shape]."""
+    return rows.spread(extra.t()).t().reshape(len(extra), *shape)
 
 
 def statistics_backward(

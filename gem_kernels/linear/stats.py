@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,25 +10,31 @@ from torch import Tensor
 
 from .. import arguments
 from ..backends.types import RowGradients
+from ..logit_stats import named_extra
 from ..scores import Spans, completion_scores, counted_targets, with_advantages
 from ..types import EntropyScoreOutput, LinearScore, TokenStats, VocabParallel
 from . import operators
 from .head import LinearArguments, check_head, host_layout, token_rows
-from .products import statistics, statistics_backward
+from .products import all_statistics, spread_extra, statistics_backward
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head, options, known):
         rows = token_rows(hidden, targets, head, options, known)
-        stats = statistics(rows, head)
+        stats, extra = all_statistics(rows, head)
         ctx.save_for_backward(hidden, weight, bias, targets, options.temperatures, *stats[1:])
         ctx.head, ctx.options, ctx.known = head, replace(options, temperatures=None), known
-        return tuple(rows.spread(x).view(targets.shape) for x in (stats.logprobs, stats.entropy))
+        of_rows = tuple(rows.spread(x).view(targets.shape) for x in (stats.logprobs, stats.entropy))
+        if not options.extra:
+            return *of_rows, None
+        extra = spread_extra(extra, rows, targets.shape)
+        ctx.mark_non_differentiable(extra)
+        return *of_rows, extra
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy, _):
         hidden, _, _, targets, temperatures, *stats = ctx.saved_tensors
         rows = token_rows(hidden, targets, ctx.head, replace(ctx.options, temperatures=temperatures), ctx.known)
         upstream = (rows.gather(g.reshape(-1)) for g in (grad_logprobs, grad_entropy))
@@ -53,6 +60,7 @@ def linear_token_stats(
     active_vocab: float | None = None,
     backend: str = "auto",
     rows: Tensor | None = None,
+    extra: Sequence[str] = (),
 ) -> TokenStats:
     """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
 
@@ -83,9 +91,12 @@ def linear_token_stats(
         temperature, softcap, ignore_index, backend: as for `token_stats`.
         rows: [n] int64, on the CPU, increasing: which of the targets (counted through their axes in order) count. The
             others are as ignored ones, and nothing is multiplied for them, on a GPU too. None: all.
+        extra: names of further statistics, as for `token_stats`; in no need of another product. Of a vocabulary in
+            shards they are those of the whole. `active_vocab` changes none of them.
 
     Returns:
         TokenStats(logprobs, entropy), shaped like `targets`, float32; differentiable in hidden, weight and bias, once.
+        And the fields of `extra`, without a gradient.
 
     Raises:
         ValueError: an argument is not as above. Of shards without `vocab_starts`, on all ranks if it is on one.
@@ -96,7 +107,7 @@ def linear_token_stats(
     """
     given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        vocab_parallel, backend, active_vocab, rows,
+        vocab_parallel, backend, active_vocab, rows, extra,
     )  # fmt: skip
     if operators.usable(given):
         return operators.token_stats(given)
@@ -107,7 +118,8 @@ def linear_token_stats(
 def _eager(given: LinearArguments) -> TokenStats:
     head, options = check_head(given)
     inputs = (given.hidden, given.weight, given.bias, given.targets)
-    return TokenStats(*_LinearTokenStats.apply(*inputs, head, options, given.rows))
+    logprobs, entropy, extra = _LinearTokenStats.apply(*inputs, head, options, given.rows)
+    return TokenStats(logprobs, entropy, **named_extra(options.extra, extra))
 
 
 def fused_linear_entropy_score(

@@ -22,6 +22,7 @@ runs beside the next chunk's products.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,21 +72,23 @@ class Shards:
         local = torch.where((targets >= begin) & (targets < end), targets - begin, elsewhere)
         return torch.where(targets == self.ignore_index, IGNORED, local)
 
-    def merge(self, stats: RowStats, targets: Tensor, options: RowOptions) -> RowStats:
+    def merge(self, stats: RowStats, targets: Tensor, options: RowOptions, extra: Tensor | None = None) -> RowStats:
         """Statistics of this shard's logits, and its local targets, [n] -> those of the whole rows, on every rank.
 
-        One all_gather. All ranks get the same bits.
+        One all_gather. All ranks get the same bits. extra: [len(options.extra), n], merged in place.
         """
         logprobs, entropy, row_max, log_sum = stats
         empty = log_sum.isnan() & (row_max <= FLOOR)  # -inf alone; poisoned rows have a row_max of NaN or +inf
         logprobs = torch.where(targets >= 0, logprobs.masked_fill(empty, -torch.inf), torch.inf)
         row_max = row_max.masked_fill(empty, -torch.inf)
         packed = torch.stack((logprobs, entropy.masked_fill(empty, 0), row_max, log_sum.masked_fill(empty, 0)))
+        if extra is not None and len(extra):
+            packed = torch.cat((packed, extra.masked_fill(empty, 0)))
         gathered = packed.new_empty(self.count, *packed.shape)
         _gather(gathered, packed, self.group)
 
         tau = options.temperature if options.temperatures is None else options.temperatures.double()
-        logprobs, entropy, row_max, log_sum = gathered.double().unbind(1)  # [count, n]
+        logprobs, entropy, row_max, log_sum, *more = gathered.double().unbind(1)  # [count, n]
         top_max = row_max.amax(0)
         a = torch.where(row_max == -torch.inf, -torch.inf, (row_max - top_max) / tau + log_sum)
         top, i_top = a.max(0)
@@ -93,12 +96,18 @@ class Shards:
         log_rest = less.exp().scatter_(0, i_top[None], 0.0).sum(0).log1p()
         log_w = less - log_rest
         w = log_w.exp()
-        entropy = torch.where(w == 0, 0.0, w * (entropy - log_w)).sum(0)
+        of_shards, entropy = entropy, torch.where(w == 0, 0.0, w * (entropy - log_w)).sum(0)
         log_sum = top + log_rest
         logprobs = torch.where(logprobs == torch.inf, torch.inf, logprobs + log_w).amin(0)
         # A row of -inf in all shards: top - top is NaN. A row that is NaN in one: so is its log_w in all.
         bad = log_rest.isnan() | log_sum.isnan()
         ignored = targets == IGNORED
+        if more:
+            below, of = (row_max - top_max) / tau, dict(zip(options.extra, more))
+            found = merged_extra(of, self.starts, below, log_w, of_shards)
+            for row, name in zip(extra, options.extra):  # type: ignore[arg-type]
+                value = -log_sum if name == "top_logprob" else found[name]
+                row.copy_(value.masked_fill(bad, 0 if name == "is_top1" else torch.nan).masked_fill(ignored, 0.0))
         merged = (
             x.masked_fill(bad, torch.nan).masked_fill(ignored, 0.0).float()
             for x in (logprobs, entropy, top_max, log_sum)
@@ -108,11 +117,46 @@ class Shards:
     def merge_all(
         self, stats: Tensor, targets: Tensor, options: RowOptions, workspace_bytes: int, rows_per_chunk: int
     ) -> None:
-        """`merge` of [4, N] in place, in as few collectives as leave its temporaries under the workspace."""
-        step = max(rows_per_chunk, workspace_bytes // (BYTES_PER_MERGED_STATISTIC * self.count))
+        """`merge` of [4 + len(options.extra), N] in place, in as few collectives as leave its temporaries under the
+        workspace."""
+        step = max(rows_per_chunk, workspace_bytes // (BYTES_PER_MERGED_STATISTIC * self.count * len(stats) // 4))
         for begin in range(0, targets.shape[0], step):
             part = slice(begin, begin + step)
-            stats[:, part] = torch.stack(self.merge(RowStats(*stats[:, part]), targets[part], options.of(part)))
+            here = self.merge(RowStats(*stats[:4, part]), targets[part], options.of(part), stats[4:, part])
+            stats[:4, part] = torch.stack(here)
+
+
+def merged_extra(
+    of: dict[str, Tensor], starts: tuple[int, ...], below: Tensor, log_w: Tensor, entropy: Tensor
+) -> dict[str, Tensor]:
+    """The optional statistics of all shards, [count, n] each, but `top_logprob` -> those of the rows, [n].
+
+    below: (m_l - M) / tau. entropy: of each shard. A shard of -inf alone is 0 in all, and has log_w = -inf.
+    """
+    found = {}
+    w, empty = log_w.exp(), log_w == -torch.inf
+    sizes = torch.tensor([b - a for a, b in itertools.pairwise(starts)], dtype=torch.float64, device=w.device)[:, None]
+    V = starts[-1]
+    top = below.argmax(0)[None]  # the first of the shards that have the largest logit
+    if "self_certainty" in of:  # the mean of log p, V words, is that of its shards
+        mean = log_w - of["self_certainty"] - sizes.log()
+        found["self_certainty"] = -(mean * (sizes / V)).sum(0) - math.log(V)
+    if "varentropy" in of:
+        mean = torch.where(empty, 0.0, log_w - entropy)  # of log p in a shard
+        apart = mean - (w * mean).sum(0)
+        found["varentropy"] = (w * (of["varentropy"] + apart.square())).sum(0)
+    if "log_sum_sq_probs" in of:
+        parts = torch.where(empty, -torch.inf, of["log_sum_sq_probs"] + 2 * log_w)
+        largest, i = parts.max(0)
+        found["log_sum_sq_probs"] = largest + (parts - largest).exp().scatter_(0, i[None], 0.0).sum(0).log1p()
+    if "mean_logits" in of:
+        found["mean_logits"] = (torch.where(empty, -torch.inf, of["mean_logits"]) * (sizes / V)).sum(0)
+    if "is_top1" in of:
+        found["is_top1"] = of["is_top1"].gather(0, top)[0]
+    if "margin" in of:
+        others = (-below).scatter(0, top, torch.inf).amin(0)
+        found["margin"] = torch.minimum(of["margin"].gather(0, top)[0], others)
+    return found
 
 
 # Of `merge`, for each row and rank: four float32, four and some eight more float64.
@@ -153,6 +197,7 @@ FACTS = (
     "logits_dtype",
     "workspace_bytes (0: the default)",
     "ignore_index",
+    "extra (a bit for each name)",
 )
 
 

@@ -131,10 +131,12 @@ def flat(dtype=torch.float32, **options):
 def test_opcheck_of_the_statistics():
     arguments = flat()
     rows = torch.arange(0, 24, 2)
-    results = torch.library.opcheck(torch.ops.gem_kernels.linear_stats.default, (*arguments, rows))
+    results = torch.library.opcheck(
+        torch.ops.gem_kernels.linear_stats.default, (*arguments, rows, ["margin", "is_top1"])
+    )
     assert set(results.values()) == {"SUCCESS"}
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    vectors = [x.detach() for x in torch.ops.gem_kernels.linear_stats(*plain, rows)[1:]]
+    vectors = [x.detach() for x in torch.ops.gem_kernels.linear_stats(*plain, rows, [])[1:4]]
     a, b = torch.randn(2, *vectors[0].shape).unbind()
     backward = (*plain, rows, *vectors, a.clone(), b.clone(), [True, False, True])
     results = torch.library.opcheck(torch.ops.gem_kernels.linear_stats_backward.default, backward)

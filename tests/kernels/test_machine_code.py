@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gem_kernels.types import EXTRA_STATS
+
 ROOT = Path(__file__).parents[2]
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 KERNELS = ROOT / "gem_kernels" / "backends" / "triton"
@@ -53,6 +55,19 @@ def test_instructions_of_the_inner_loop(kernel, most, counted):
     assert 4 < row["instructions_per_element"] <= most, "fewer than 4 means that another loop was counted"
     assert row["all_16_bytes"] and row["global_accesses"] >= (8 if "backward" in kernel else 4)
     assert row["local_bytes"] == 0
+
+
+def test_each_statistic_that_is_asked_for_has_its_price(counted):
+    """In instructions an element more than none; and none of them keeps a row's loop from 16-byte loads."""
+    price = {
+        name: counted[f"forward_bf16_{name}"]["instructions_per_element"]
+        - counted["forward_bf16"]["instructions_per_element"]
+        for name in EXTRA_STATS
+    }
+    assert abs(price.pop("top_logprob")) < 0.3
+    assert price.pop("varentropy") < 6 and max(price.values()) < 2.5, price
+    for name in (*(f"forward_bf16_{name}" for name in EXTRA_STATS), "forward_bf16_extra", "forward_bf16_softcap_extra"):
+        assert counted[name]["all_16_bytes"] and counted[name]["local_bytes"] == 0, name
 
 
 def test_four_programs_share_a_multiprocessor(counted):
@@ -126,24 +141,26 @@ def described() -> list[str]:
 def test_the_catalogue_covers_every_kernel_that_is_launched(described):
     assert len(launched()) >= 5
     assert launched() == set(json.loads(described[0]))
+    sources = "".join(path.read_text() for path in KERNELS.glob("*.py"))
     for path in KERNELS.glob("*.py"):
-        source = path.read_text()
         for name in jit_functions(path) - launched():
-            assert source.count(f"{name}(") > 1, f"{path.name}: nothing reaches {name}"
+            assert sources.count(f"{name}(") > 1, f"{path.name}: nothing reaches {name}"
 
 
 RUNTIME_ARGUMENTS = """
 import json
-from gem_kernels.backends.triton import row_stats, span_scores
+from gem_kernels.backends.triton import row_gradient, row_stats, span_scores
 found = {
     name: [[p.name, p.is_constexpr, p.do_not_specialize] for p in kernel.params]
-    for module in (row_stats, span_scores)
+    for module in (row_stats, row_gradient, span_scores)
     for name, kernel in vars(module).items()
     if hasattr(kernel, "params") and not name.startswith("_")
 }
 print(json.dumps(found))
 """
-SIZES = {"V", "N", "T", "G", "n_inner", "span", "n_splits", "ignore_index", "top_numerator", "top_denominator"}
+SIZES = {"V", "N", "T", "G", "n_inner", "span", "n_splits", "ignore_index", "top_numerator"} | {
+    "top_denominator", "extra_stride"
+}  # fmt: skip
 
 
 def test_sizes_are_run_time_arguments(described):
@@ -208,6 +225,9 @@ step(2, 9, 10_000, 1.0, view=lambda x: x[:, :-1])
 step(2, 9, 10_001, 1.0, view=lambda x: x[:, 1:])
 step(2, 9, 10_001, 1.0, view=lambda x: x[:, :-1, 3:])
 changed = {k: len(v) for k, v in keys.items() if len(v) != len(before[k])}
+for B, T in ((2, 8), (4, 8), (3, 7)):
+    logits = torch.zeros(B, T, 10_000, dtype=torch.bfloat16)
+    gem_kernels.token_stats(logits, torch.zeros(B, T, dtype=torch.int64), backend="triton", extra=("margin", "is_top1"))
 step(2, 8, 10_000, torch.ones(2, 8))
 print(json.dumps([sorted(before), changed, {k: len(v) - len(before[k]) for k, v in keys.items()}]))
 """
@@ -217,4 +237,4 @@ def test_nothing_recompiles_when_sizes_or_temperature_change(described):
     kernels, changed, more = json.loads(described[2])
     assert kernels == ["group_advantages", "row_stats_backward", "row_stats_forward", "span_scores"]
     assert not changed, "compiled again for another N, T, B, V, stride, temperature, ignore_index, top_m or fork_weight"
-    assert more["row_stats_forward"] == 1, "a tensor of temperatures is another kernel; the key sees it"
+    assert more["row_stats_forward"] == 2, "a tensor of temperatures is another kernel, so are statistics; nothing else"

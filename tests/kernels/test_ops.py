@@ -26,6 +26,7 @@ from gem_kernels import (
     sega_loss,
     token_stats,
 )
+from gem_kernels.types import EXTRA_STATS
 from tests.kernels.helpers import BACKENDS, assert_near, make
 
 INNER = {"triton": "triton", "torch": "torch", "auto": "cpu"}  # as the operators are told
@@ -47,10 +48,12 @@ def test_opcheck_row_stats(case, backend, device):
     if case == "strided":
         logits, targets = make(2, 4, 41, device=device)[0][:, 1:].detach(), targets.view(2, 3)
         targets[0, 1] = -100
-    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, backend)
+    extra = EXTRA_STATS if case == "strided" else ()
+    args = (logits.requires_grad_(), targets % 40, 1.0, tau, 30.0 if tau is None else None, -100, backend, extra)
     opcheck(ops.row_stats.default, args)
     logits = logits.detach()
-    _logprobs, entropy, row_max, log_sum = ops.row_stats(logits, *args[1:])
+    _logprobs, entropy, row_max, log_sum, more = ops.row_stats(logits, *args[1:])
+    assert more.shape == (len(extra), *entropy.shape)
     a, b = torch.randn(2, *entropy.shape, device=device).unbind()
     after = (*args[1:6], row_max, log_sum, entropy, a.clone(), b.clone(), backend)
     opcheck(ops.row_stats_backward.default, (logits, *after))
@@ -393,6 +396,7 @@ BAD = {
         (torch.ones(2), r"\(2,\)"),
         (torch.tensor(1.0).requires_grad_(), "requires_grad"),
     ],
+    "extra": [("margin", "'margin'"), (None, "None"), ([0], r"\[0\]"), (["margins"], "'margin'"), (("no",), "'no'")],
     "cu_seqlens": [
         (int32(0, 6).float(), "float32"),
         ([0, 6], "list"),

@@ -19,6 +19,7 @@ from gem_kernels import reference
 from gem_kernels.backends.cpu import build
 from gem_kernels.backends.cpu import row_stats as cpu
 from gem_kernels.backends.types import NO_TARGET, RowGradients, RowOptions
+from gem_kernels.types import EXTRA_STATS
 from tests.kernels.helpers import assert_near, empty_stats, room
 from tests.processes import run_ranks
 
@@ -70,6 +71,13 @@ def problem(name: str, dtype: str = "float32") -> dict:
         hidden, bias = 40.0 * weight[best], None
         targets, options = torch.where(torch.rand(B, T, generator=generator) < 0.7, best, targets), {}
         options["ignore_index"] = -100
+    if name == "ties":  # two words with one logit, in one shard or in two, and the target is the first or the second
+        first, second = torch.arange(B * T) * 2 % 33, 33 + torch.arange(B * T) % 34
+        options, bias = {"ignore_index": -100}, None
+        hidden = torch.eye(B * T).view(B, T, B * T)
+        weight = torch.rand(n_words, B * T, generator=generator)
+        weight[first, torch.arange(B * T)] = weight[second, torch.arange(B * T)] = 2.0
+        targets = torch.where(torch.arange(B * T) % 3 == 0, second, first).view(B, T)
     grads = normal(2, B, T)
     cast = getattr(torch, dtype)
     bias = None if bias is None else bias.to(cast)
@@ -85,6 +93,8 @@ CASES += [("even", kind, "bfloat16") for kind in KINDS] + [("uneven", kind, "bfl
 CASES += [("plain", "policy", dtype) for dtype in EPS] + [("plain", "stats", "bfloat16"), ("even", "policy", "float32")]
 CASES += [("long", kind, "float32") for kind in ("stats", "policy")]
 CASES += [(name, kind, "float32") for name in ("masked", "special", "confident") for kind in ("stats", "policy")]
+CASES += [(name, "extra", "float32") for name in ("uneven", "ignore", "even", "masked", "special", "confident", "ties")]
+CASES += [("long", "extra", "float32")]
 # Those that also run with `vocab_starts`.
 STARTS = [("uneven", kind, "bfloat16") for kind in KINDS]
 
@@ -104,7 +114,9 @@ def run(kind: str, p: dict, rows: int = 10_000, backward: bool = True, **more) -
             _ = x is None or x.requires_grad_(False)
     options = {"bias": bias, "workspace_bytes": rows, **p["options"], **more}
     spans = {"completion_mask": p["mask"], "answer_start": torch.tensor([2, 3, 1, 9]), "group_size": 2}
-    if kind == "stats":
+    if kind in ("stats", "extra"):
+        if kind == "extra":
+            options["extra"] = EXTRA_STATS
         out = gk.linear_token_stats(hidden, weight, p["targets"], **options)
     elif kind == "score":
         out = gk.fused_linear_entropy_score(hidden, weight, p["targets"], **spans, **options)
@@ -193,6 +205,8 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     found["fewer tokens on the last rank"] = error_of(call, fewer if last else plain)
     found["other targets on the last rank"] = error_of(call, other if last else plain)
     found["another workspace on the last rank"] = error_of(call, plain, rows=999 if last else 1000)
+    more = {**plain, "options": {"extra": ["margin"]}}
+    found["other statistics on the last rank"] = error_of(call, more if last else plain)
     found["vocab_starts of another group"] = error_of(call, plain, starts=(0, 1, *starts))
     found["vocab_starts of other shards"] = error_of(call, plain, starts=(*range(0, 2 * k, 2), V + 9))
     found["vocab_starts that fall"] = error_of(call, plain, starts=(0, *reversed(starts[1:])))
@@ -276,6 +290,8 @@ def test_shards_give_the_numbers_of_the_whole_head(ranks, k, name, kind, dtype):
         assert got[field].shape == one[field].shape and got[field].dtype == one[field].dtype, field
         if got[field].dtype == torch.bool:
             assert torch.equal(got[field], one[field]), field
+        elif field in EXTRA_STATS and name in ("confident", "ties"):  # below; and the same logits by other products
+            assert_near(got[field], one[field], 1e-4, field)
         else:
             eps = EPS[dtype] if dtype == "bfloat16" and field.startswith("grad") else 32 * EPS["float32"]
             assert_as_good(field, got[field], one[field], exact[field], eps)
@@ -308,6 +324,13 @@ def test_confident_rows_keep_their_digits(ranks, k):
     torch.testing.assert_close(got["logprobs"].double(), exact.logprobs, rtol=2e-4, atol=1e-14)
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_ties_over_shards(ranks, k):
+    got = whole(ranks, k, "ties", "extra", "float32")
+    assert (got["margin"] == 0).all()
+    assert torch.equal(got["is_top1"], (torch.arange(B * T) % 3 != 0).view(B, T))
+
+
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_collectives(ranks, k, kind):
@@ -315,7 +338,7 @@ def test_collectives(ranks, k, kind):
     calls = ranks[0]["calls", k, "uneven", kind, "bfloat16"]
     same, given = ranks[0]["given", k, "uneven", kind, "bfloat16"]
     assert same
-    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 11 and calls[1:] == given
+    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 12 and calls[1:] == given
     rows = B * T if kind in ("stats", "policy") else int(problem("uneven")["mask"].sum())
     chunks = [10, 11] if kind == "sega_one_shot" else [CHUNK] * (rows // CHUNK) + [rows % CHUNK]
     if kind == "sega_frozen":  # of each group, what is over first
@@ -350,6 +373,7 @@ def test_wrong_arguments_stop_every_rank(ranks, k):
         "fewer tokens on the last rank": ["`process_group`", "number of tokens"],
         "other targets on the last rank": ["`process_group`", "targets"],
         "another workspace on the last rank": ["`process_group`", "workspace_bytes"],
+        "other statistics on the last rank": ["`process_group`", "extra"],
         "vocab_starts of another group": ["`vocab_starts`", f"{k + 1} integers"],
         "vocab_starts of other shards": ["`weight`"],
         "vocab_starts that fall": ["`vocab_starts`", "increasing"],

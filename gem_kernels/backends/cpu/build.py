@@ -32,6 +32,7 @@ import warnings
 from pathlib import Path
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_stats.cpp", "span_scores.cpp"))
+INCLUDED = (Path(__file__).with_name("row_extra.h"),)
 FUNCTIONS = ("gem_row_stats_forward", "gem_row_stats_backward", "gem_span_scores")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 COMPILE_TIMEOUT_SECONDS = 300
@@ -120,7 +121,7 @@ def find_compiler() -> list[str]:
 
 
 def read_sources() -> bytes:
-    return b"\0".join(path.read_bytes() for path in SOURCES)
+    return b"\0".join(path.read_bytes() for path in (*SOURCES, *INCLUDED))
 
 
 def _build_and_open() -> ctypes.CDLL:

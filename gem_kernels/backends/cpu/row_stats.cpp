@@ -252,8 +252,10 @@ struct Row {
     float logprob, entropy, row_max, log_sum;
 };
 
-template <typename T, bool capped>
-Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
+#include "row_extra.h"
+
+template <typename T, bool capped, bool more>
+Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c, Extra *extra) {
     constexpr bool direct = sizeof(T) == 4 && !capped; // whole blocks are summed where they lie
     alignas(64) float buffer[BLOCK];
     const float inv_tau = (float)(1.0 / tau);
@@ -261,6 +263,7 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
     double rest = 0, t = 0; // s = 1 + rest as soon as m is finite
     bool poisoned = false;
     float x_y = QNAN;
+    ExtraSums sums_of_extra;
     for (int64_t begin = 0; begin < V; begin += BLOCK) {
         const int64_t n = V - begin < BLOCK ? V - begin : BLOCK;
         const int64_t whole = n / STEP * STEP;
@@ -295,6 +298,7 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
         if (y >= begin && y - begin < n) x_y = x[y - begin];
         for (int u = 1; u < U; ++u) top[0] = max_skipping_nan(top[u], top[0]);
         const float block_max = reduce_max(top[0]);
+        if (more) sums_of_extra.of_logits(*extra, x, n, padded, y - begin, block_max);
         if (block_max == INF) { // the row is NaN whatever follows
             poisoned = true;
             break;
@@ -303,6 +307,7 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
             for (int64_t i = 0; i < padded; ++i) poisoned |= x[i] != x[i];
             continue;
         }
+        if (more && block_max > m) sums_of_extra.move(m, block_max, tau);
         const int64_t after = V - begin - n;
         const int64_t ahead_bytes = (after < BLOCK ? after : BLOCK) * (int64_t)sizeof(T);
         const char *ahead = reinterpret_cast<const char *>(p + n);
@@ -316,17 +321,21 @@ Row row_forward(const T *z, int64_t V, int64_t y, double tau, float c) {
             const Sums sums = block_sums<true>(x, padded, m, inv_tau, ahead, ahead_bytes);
             rest += sums.s;
             t += sums.t;
+            if (more) sums_of_extra.template of_shifted<true>(*extra, x, padded, m, inv_tau, {1.0 + sums.s, sums.t});
         } else {
             const Sums sums = block_sums<false>(x, padded, m, inv_tau, ahead, ahead_bytes);
             rest += sums.s;
             t += sums.t;
+            if (more) sums_of_extra.template of_shifted<false>(*extra, x, padded, m, inv_tau, sums);
         }
     }
+    if (more) extra->all(QNAN);
     if (poisoned) return {QNAN, QNAN, QNAN, QNAN};
     if (m <= FLOOR) return {QNAN, QNAN, rest == rest ? -INF : QNAN, QNAN};
     if (x_y <= FLOOR) x_y = -INF;
     const double log_sum = std::log1p(rest);
     const double logprob = ((double)x_y - (double)m) / tau - log_sum;
+    if (more && log_sum == log_sum) sums_of_extra.finish(*extra, V, m, x_y, tau, log_sum);
     return {(float)logprob, (float)(log_sum - t / (1.0 + rest)), m, (float)log_sum};
 }
 
@@ -402,6 +411,7 @@ struct GemRows {
     void *grad_logits;
     int64_t g1, g2;
     int64_t *next;
+    float *extra[EXTRA]; // each null where it is not wanted
 };
 }
 
@@ -410,27 +420,40 @@ namespace {
 // The next `count` rows for this thread begin at the number returned; past N there are none.
 INLINE int64_t claim(const GemRows *a, int64_t count) { return __atomic_fetch_add(a->next, count, __ATOMIC_RELAXED); }
 
-template <typename T, bool capped> void forward_rows(const GemRows *a) {
+template <typename T, bool capped, bool more> void forward_rows_with(const GemRows *a) {
+    Extra wanted = {};
+    for (int i = 0; i < EXTRA; ++i) wanted.wanted[i] = a->extra[i] != nullptr;
     const int64_t count = a->V >= CLAIM ? 1 : CLAIM / (a->V > 0 ? a->V : 1);
     for (int64_t first; (first = claim(a, count)) < a->N;) {
         const int64_t end = first + count < a->N ? first + count : a->N;
         for (int64_t r = first; r < end; ++r) {
             const int64_t y = a->targets[r];
             Row out = {0, 0, 0, 0};
+            Extra extra = wanted;
             if (y != a->ignore_index) {
                 const T *z = static_cast<const T *>(a->logits) + (r / a->R2) * a->s1 + (r % a->R2) * a->s2;
                 const double tau = a->tau_rows ? (double)a->tau_rows[r] : a->tau;
-                if ((y < 0 || y >= a->V) && y != NO_TARGET)
+                if ((y < 0 || y >= a->V) && y != NO_TARGET) {
                     out = {QNAN, QNAN, QNAN, QNAN};
-                else
-                    out = row_forward<T, capped>(z, a->V, y, tau, (float)a->softcap);
+                    extra.all(QNAN);
+                } else {
+                    out = row_forward<T, capped, more>(z, a->V, y, tau, (float)a->softcap, &extra);
+                }
             }
             a->logprobs[r] = out.logprob;
             a->entropy[r] = out.entropy;
             a->row_max[r] = out.row_max;
             a->log_sum[r] = out.log_sum;
+            for (int i = 0; more && i < EXTRA; ++i)
+                if (a->extra[i]) a->extra[i][r] = extra.values[i];
         }
     }
+}
+
+template <typename T, bool capped> void forward_rows(const GemRows *a) {
+    for (const float *wanted : a->extra)
+        if (wanted) return forward_rows_with<T, capped, true>(a);
+    forward_rows_with<T, capped, false>(a);
 }
 
 template <typename T, bool capped> void backward_rows(const GemRows *a) {

@@ -14,6 +14,7 @@ Arguments, the same everywhere. N = R1 * R2 rows; all checked by the caller:
     logits         [R1, R2, V] float32, bfloat16 or float16, last stride 1, the others any; row r is [r // R2, r % R2]
     targets        [N] int64, contiguous; `ignore_index` marks a row that is not used: its results are 0
     options        RowOptions: tau (a float, or [N] float32, contiguous), c, ignore_index
+    extra          RowExtra: [N] float32 for each statistic that is wanted besides; docs/math.md has their formulas
     vectors        RowGradients: entropy, row_max, log_sum, dL/dlogprobs, dL/dentropy, [N] float32
 
 A logit of -inf, or at or below FLOOR, is a probability of 0. A row holding NaN or +inf, or nothing but masked words, or
@@ -25,25 +26,31 @@ masked words is -inf.) The target NO_TARGET, one that is elsewhere, gives a log-
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..types import FLOOR, NO_TARGET, RowGradients, RowOptions, RowStats
+from ...types import EXTRA_STATS
+from ..types import FLOOR, NO_TARGET, RowExtra, RowGradients, RowOptions, RowStats
 from . import build
 from .threads import run_on_threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+NO_EXTRA = RowExtra()
+
 # Below this many logits one thread is done before a second has started.
 ELEMENTS_PER_THREAD = 1 << 16
 
 
-def row_stats_forward(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
-    """Writes to `outputs`; by compiled code if options.backend is "cpu" and it can be had."""
+def row_stats_forward(
+    logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats, extra: RowExtra = NO_EXTRA
+) -> RowStats:
+    """Writes to `outputs` and `extra`; by compiled code if options.backend is "cpu" and it can be had."""
     function = forward if options.backend == "cpu" and available(logits) else forward_torch
-    return function(logits, targets, options, outputs)
+    return function(logits, targets, options, outputs, extra)
 
 
 def row_stats_backward(
@@ -79,6 +86,7 @@ class _Rows(ctypes.Structure):
         ("g1", ctypes.c_int64),
         ("g2", ctypes.c_int64),
         ("next", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in RowExtra._fields),
     ]
 
 
@@ -100,11 +108,14 @@ def _rows(logits: Tensor, targets: Tensor, options: RowOptions) -> _Rows:
     )
 
 
-def forward(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
+def forward(
+    logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats, extra: RowExtra = NO_EXTRA
+) -> RowStats:
     """Ignored rows are not read."""
     rows = _rows(logits, targets, options)
-    for name, output in outputs._asdict().items():
-        setattr(rows, name, output.data_ptr())
+    for name, output in (*outputs._asdict().items(), *extra._asdict().items()):
+        if output is not None:
+            setattr(rows, name, output.data_ptr())
     _run("gem_row_stats_forward", rows)
     return outputs
 
@@ -168,10 +179,37 @@ def _select(vector: float | Tensor, rows: Tensor) -> float | Tensor:
     return vector[rows, None] if isinstance(vector, Tensor) else vector
 
 
-def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats) -> RowStats:
+# What is still to be added to some of the extra statistics, in units of log_sum.
+LOG_SUMS = {"self_certainty": 1.0, "log_sum_sq_probs": -2.0, "top_logprob": -1.0}
+
+
+def _of_logits(x: Tensor, i_max: Tensor, y: Tensor, tau: float | Tensor, extra: RowExtra) -> dict[str, Tensor]:
+    """Those that are asked for, of the capped logits."""
+    more = {}
+    if extra.is_top1 is not None:
+        more["is_top1"] = (i_max == y)[:, 0].float()
+    if extra.mean_logits is not None:
+        more["mean_logits"] = x.mean(-1) / (tau[:, 0] if isinstance(tau, Tensor) else tau)
+    return more
+
+
+def _of_shifted(d: Tensor, i_max: Tensor, extra: RowExtra) -> dict[str, Tensor]:
+    """The same of d = (x - m) / tau."""
+    more = {}
+    if extra.self_certainty is not None:
+        more["self_certainty"] = -d.mean(-1) - math.log(d.shape[-1])
+    if extra.margin is not None:
+        more["margin"] = -d.scatter(-1, i_max, -torch.inf).amax(-1)
+    return more
+
+
+def forward_torch(
+    logits: Tensor, targets: Tensor, options: RowOptions, outputs: RowStats, extra: RowExtra = NO_EXTRA
+) -> RowStats:
     """`forward` in plain torch, on the device of `logits`, without synchronising a GPU."""
-    for output in outputs:
-        output.zero_()
+    for output in (*outputs, *extra):
+        if output is not None:
+            output.zero_()
     ignore_index = options.ignore_index
     V = logits.shape[2]
     for rows in _chunks(logits, targets, ignore_index):
@@ -180,11 +218,19 @@ def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions, outputs:
         x = _capped(z, options.softcap)[0]
         del z
         m, i_max = x.max(-1, keepdim=True)
+        more = _of_logits(x, i_max, y, tau, extra)
         d = x.sub_(m).div_(tau)
         d_y = d.gather(-1, y.clamp(0, V - 1))[:, 0]
+        more |= _of_shifted(d, i_max, extra)
         e = d.exp().scatter_(-1, i_max, 0.0)
         rest = e.sum(-1)
-        t = e.mul_(d.clamp_(min=LOWEST)).sum(-1)
+        d.clamp_(min=LOWEST)
+        if extra.log_sum_sq_probs is not None:
+            more["log_sum_sq_probs"] = e.square().sum(-1).log1p_()
+        if extra.varentropy is not None:
+            mean = ((e * d).sum(-1) / (1.0 + rest))[:, None]  # the largest word's own d is 0
+            more["varentropy"] = ((d - mean).square_().mul_(e).sum(-1) + mean[:, 0].square()) / (1.0 + rest)
+        t = e.mul_(d).sum(-1)
         del x, d, e
         log_sum = rest.log1p()
         m, y = m[:, 0], y[:, 0]
@@ -194,6 +240,11 @@ def forward_torch(logits: Tensor, targets: Tensor, options: RowOptions, outputs:
         values = ((d_y - log_sum).masked_fill(outside, torch.nan), log_sum - t / (1.0 + rest), m, log_sum)
         for output, value in zip(outputs, values):
             output[rows] = torch.where(y != ignore_index, value, 0.0)
+        for name in EXTRA_STATS:
+            if getattr(extra, name) is not None:
+                value = more.get(name, 0.0) + LOG_SUMS.get(name, 0.0) * log_sum
+                value = value.masked_fill(bad, 0.0 if name == "is_top1" else torch.nan)
+                getattr(extra, name)[rows] = torch.where(y != ignore_index, value, 0.0)
     return outputs
 
 

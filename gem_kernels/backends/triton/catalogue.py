@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import row_stats, span_scores
+from ...types import EXTRA_STATS, extra_bits
+from . import row_gradient, row_stats, span_scores
 from .launch import MOST_REGISTERS
 
 STATS = dict.fromkeys(("logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr"), "*fp32")
@@ -21,6 +22,7 @@ ROW = {
     "stride_inner": "i64",
     "ignore_index": "i32",
 }
+NO_EXTRA = {"WANTED": 0, "extra_ptr": None}
 FEATURE_WEIGHTS = (
     "final", "fork", "reasoning", "mean", "max", "mean_logprob", "sum_logprob", "min_logprob", "length",
 )  # fmt: skip
@@ -37,6 +39,8 @@ class KernelSpec:
     maxnreg: int | None = None
     streaming: bool = False
     """Its inner loop is counted by bench.sass."""
+    counted_only: bool = False
+    """Its code is part of that of another one: there is no need to compile it for every target."""
 
 
 def kernels() -> list[KernelSpec]:
@@ -57,10 +61,11 @@ def kernels() -> list[KernelSpec]:
                             "partial_ptr": "*fp32",
                             "span": "i32",
                             "n_splits": "i32",
+                            "extra_stride": "i64",
                             **ROW,
                             **STATS,
                         },
-                        {**variant, **blocks, "LANES": launch.lanes, "SPLIT": split},
+                        {**variant, **blocks, **NO_EXTRA, "LANES": launch.lanes, "SPLIT": split},
                         launch.num_warps,
                         streaming=True,
                     )
@@ -69,15 +74,22 @@ def kernels() -> list[KernelSpec]:
                 KernelSpec(
                     f"combine_{name}",
                     row_stats.row_stats_combine,
-                    {"logits_ptr": f"*{dtype}", "partial_ptr": "*fp32", "n_splits": "i32", **ROW, **STATS},
-                    {**variant, "MAX_SPLITS": row_stats.MAX_SPLITS, "PTX": True},
+                    {
+                        "logits_ptr": f"*{dtype}",
+                        "partial_ptr": "*fp32",
+                        "n_splits": "i32",
+                        "extra_stride": "i64",
+                        **ROW,
+                        **STATS,
+                    },
+                    {**variant, **NO_EXTRA, "MAX_SPLITS": row_stats.MAX_SPLITS, "PTX": True},
                     1,
                 )
             )
             specs.append(
                 KernelSpec(
                     f"backward_{name}",
-                    row_stats.row_stats_backward,
+                    row_gradient.row_stats_backward,
                     {
                         "logits_ptr": f"*{dtype}",
                         "grad_ptr": f"*{dtype}",
@@ -100,6 +112,7 @@ def kernels() -> list[KernelSpec]:
         for spec in specs
         if spec.name in ("forward_bf16", "forward_bf16_split", "forward_fp16", "forward_fp32")
     ]
+    specs += _with_extra({spec.name: spec for spec in specs})
     apart = next(s for s in specs if s.name == "backward_bf16")
     specs.append(
         replace(
@@ -153,3 +166,25 @@ def kernels() -> list[KernelSpec]:
             )
         )
     return specs
+
+
+def _with_extra(specs: dict[str, KernelSpec]) -> list[KernelSpec]:
+    """The forward pass with each of the optional statistics alone, and with all of them."""
+
+    def plain(spec: KernelSpec) -> dict[str, Any]:
+        return {name: value for name, value in spec.constexprs.items() if name not in NO_EXTRA}
+
+    forms = [name for name in specs if name.startswith(("forward", "combine")) and "occupancy" not in name]
+    forms = [name for name in forms if "softcap_split" not in name and (name.startswith("forward") or "bf16" in name)]
+    wanted = {f"forward_bf16_{name}": ("forward_bf16", (name,)) for name in EXTRA_STATS}
+    wanted |= {f"{name}_extra": (name, EXTRA_STATS) for name in forms}
+    return [
+        replace(
+            specs[base],
+            name=name,
+            signature={**specs[base].signature, "extra_ptr": "*fp32"},
+            constexprs={**plain(specs[base]), "WANTED": extra_bits(of)},
+            counted_only=len(of) == 1,
+        )
+        for name, (base, of) in wanted.items()
+    ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...types import extra_bits
 from ..types import Completions, RowGradients, RowOptions, RowStats, ScoreRule
-from . import row_stats
+from . import row_gradient, row_stats
 from . import span_scores as spans
 
 OCCUPANCY = 2
@@ -61,9 +62,15 @@ def _alike(one: tuple[int, ...], other: tuple[int, ...], align: int) -> bool:
 
 
 def row_stats_forward(
-    rows: Tensor, targets: Tensor, options: RowOptions, out: RowStats, splits: int | None = None
+    rows: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    out: RowStats,
+    splits: int | None = None,
+    extra: Tensor | None = None,
 ) -> RowStats:
-    """[R1, R2, V] and targets [N] int64 -> `out`. splits: programs a row, to be chosen here if None."""
+    """[R1, R2, V] and targets [N] int64 -> `out`, and `extra` [len(options.extra), N] where the options ask for it.
+    splits: programs a row, to be chosen here if None."""
     R1, R2, V = rows.shape
     N = R1 * R2
     if N == 0:
@@ -71,7 +78,10 @@ def row_stats_forward(
     launch = row_stats.launch_options(V, rows.element_size())
     splits = splits or _split_count(N, V, launch.block, rows.device)
     constants = _options(rows, options)
-    partial = torch.empty(N, splits, 3, dtype=torch.float32, device=rows.device) if splits > 1 else out.logprobs
+    constants["WANTED"] = extra_bits(options.extra)
+    width = 3 + row_stats.EXTRA_WIDTH.value if options.extra else 3
+    partial = torch.empty(N, splits, width, dtype=torch.float32, device=rows.device) if splits > 1 else out.logprobs
+    more = (extra, 0 if extra is None else extra.stride(0))
     tau, softcap = (options.temperature, options.temperatures), options.softcap or 1.0
     memory, base = _from_boundary(rows)
     args = (memory, targets, *tau, softcap, *out, partial)
@@ -83,6 +93,7 @@ def row_stats_forward(
             _span(V, launch.block, splits),
             splits,
             options.ignore_index,
+            *more,
             **constants,
             SPLIT=splits > 1,
             BLOCK=launch.block,
@@ -97,6 +108,7 @@ def row_stats_forward(
                 *shape,
                 splits,
                 options.ignore_index,
+                *more,
                 **constants,
                 MAX_SPLITS=row_stats.MAX_SPLITS,
                 num_warps=1,
@@ -123,7 +135,7 @@ def row_stats_backward(
     block = launch.block if alike else row_stats.apart(launch.block)
     splits = splits or _split_count(N, V, block, rows.device)
     with torch.cuda.device_of(rows):
-        row_stats.row_stats_backward[(N, splits)](
+        row_gradient.row_stats_backward[(N, splits)](
             grad_memory,
             memory,
             targets,
