@@ -105,7 +105,9 @@ class Score(_Part):
     pair_accuracy: dict[str, Estimate]
     platt: Platt | None
     samples: Samples | None
-    scales_from: Literal["candidates", "pairs"] = "pairs"  # may be missing: scores of before it was there
+    # May be missing: scores of before they were there.
+    scales_from: Literal["candidates", "pairs"] = "pairs"
+    fitted_to: Literal["candidates", "pairs"] = "pairs"
 
     @model_validator(mode="after")
     def _one_entry_a_feature(self) -> Score:

@@ -78,6 +78,7 @@ def test_the_score_is_fitted_after_sft_and_again_and_is_what_candidates_are_scor
     assert first["num_pairs"] == 12 and first["verdict"] in ("informative", "not_informative", "explained_by_length")
     assert 0 <= first["pair_accuracy_low"] <= first["pair_accuracy"] <= first["pair_accuracy_high"] <= 1
     assert 0 <= first["eval/score_pair_accuracy"] <= 1 and first["scales_from"] in ("candidates", "pairs")
+    assert first["fitted_to"] in ("candidates", "pairs")
     names = sorted(path.name for path in again.run_dir.glob("score*"))
     assert names == ["score-2.json", "score-4.json", "score.json"]
     score = read_score(again.run_dir / "score.json")
