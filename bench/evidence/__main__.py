@@ -129,7 +129,7 @@ def run_seed(plan: Plan, seed: int) -> None:
     files = write_task(folder, plan.task, seed, plan.sizes)
     if any(missing(plan, folder, (SCORES, SFT))):
         start_time = time.monotonic()
-        start, _ = begin(plan, folder, files, seed, {})
+        start = begin(plan, folder, files, seed, {})
         table, row = sft_scores(start, folder / "held_out.pt", plan.sizes)
         write_result(plan, folder / f"{SFT}.json", row, start_time)
         write_result(plan, folder / f"{SCORES}.json", table, start_time)
@@ -144,17 +144,20 @@ def missing(plan: Plan, folder: Path, keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key in plan.rows and not (folder / f"{key}.json").is_file()]
 
 
-def begin(plan: Plan, folder: Path, files: dict[str, Path], seed: int, changes: dict[str, Any]) -> tuple[Start, Any]:
-    """The SFT model with candidates of the given prompts, and its pool. Without chain of thought they are others."""
-    kind = "" if changes.get("chain_of_thought", True) else "-no_chain"
+def begin(plan: Plan, folder: Path, files: dict[str, Path], seed: int, changes: dict[str, Any]) -> Start:
+    """The SFT model, with its candidates of the given prompts. Without chain of thought they are others."""
+    kind = kind_of(changes)
     form = {"chain_of_thought": False} if kind else {}
     common = {**common_settings(plan), **form}
     model = train_sft(make_config(folder, f"sft{kind}", plan.model, files, seed, **common))
     config = make_config(folder, f"sft{kind}", str(model), files, seed, **{**common, **changes})
     start = open_start(str(model), files, config)
     own = load_or_sample_pool(folder / f"given{kind}.pt", start, start.data.given, GIVEN_STEP)
-    pool = load_or_sample_pool(folder / f"pool{kind}.pt", start, start.data.pool, POOL_STEP)
-    return dataclasses.replace(start, own=own), pool
+    return dataclasses.replace(start, own=own)
+
+
+def kind_of(changes: dict[str, Any]) -> str:
+    return "" if changes.get("chain_of_thought", True) else "-no_chain"
 
 
 def run_objective(
@@ -162,7 +165,8 @@ def run_objective(
 ) -> None:
     """Trains once and measures the model, and where it is asked for the mean of the weights before and after."""
     start_time = time.monotonic()
-    start, pool = begin(plan, folder, files, seed, objective.changes)
+    start = begin(plan, folder, files, seed, objective.changes)
+    pool = load_or_sample_pool(folder / f"pool{kind_of(objective.changes)}.pt", start, start.data.pool, POOL_STEP)
     before = StartingPolicy(start.policy.model) if objective.mean in wanted else None
     trained = objective.train(start, pool)
     if objective.key in wanted:

@@ -319,6 +319,9 @@ class EvaluationSettings(Section):
 
     eval_batch_size: int = setting(8, "prompts per forward or generate batch", section="Evaluation", ge=1)
     eval_steps: int = setting(0, "evaluate every so many steps as well; 0: before and after each stage only", ge=0)
+    eval_on_start: bool = setting(
+        True, "answers are sampled before the first stage too; false: only pairs are measured"
+    )
     preference_reduction: Literal["sum", "mean"] = setting(
         "sum", "implicit reward: the answer's log-prob, or per token"
     )

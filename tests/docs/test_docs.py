@@ -54,7 +54,7 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "sega", "verl", "scores", "starts"}
+    assert set(BLOCKS) == {"logits", "model", "policy", "mixed", "trl", "sega", "verl", "scores", "starts"}
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -80,6 +80,14 @@ def test_a_loss_and_its_gradients(block, names):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, p in model.named_parameters():
         assert_near(p.grad, expected[name], 2.0**-14, name, floor=1e-3 * largest)
+
+
+def test_mixed():
+    names = {"torch": torch, "hidden": torch.randn(5, 8).bfloat16(), "targets": torch.arange(5)}
+    names["weight"] = torch.randn(20, 8, requires_grad=True)
+    exec(BLOCKS["mixed"], names)
+    logp = (names["hidden"] @ names["weight"].detach().bfloat16().t()).float().log_softmax(-1)
+    assert_near(names["stats"].logprobs, logp.diagonal())
 
 
 def test_verl():

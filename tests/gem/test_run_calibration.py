@@ -125,7 +125,9 @@ def verdict_of(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["not_informative", "explained_by_length"])
 def test_the_gate_ends_the_run_after_sft_with_its_model(folder, kind, monkeypatch):
     verdict_of(kind, monkeypatch)
-    result, printed = run(folder, f"stop-{kind}", gate="stop")
+    result, printed = run(folder, f"stop-{kind}", gate="stop", eval_on_start=False, eval_sample=1)
+    before, after = result.evaluations.values()
+    assert before.sampled is None and before.preference.num_pairs == 5 and after.sampled is not None
     found = rows(result)
     assert [row["stage"] for row in found] == ["eval", "SFT", "SFT", "eval", "calibration"]
     assert found[-1]["done"] == "SEGA is not run"
