@@ -177,8 +177,8 @@ def test_the_same_losses_with(kind, name, more, models, tokenizer, tmp_path, cou
 
 @pytest.mark.parametrize(
     "kind,settings",
-    [("KTO", {}), ("GRPO", {}), ("GRPO", {"cast_lm_head_to_fp32": True})],
-    ids=["KTO", "GRPO", "fp32-head"],
+    [("SFT", {}), ("KTO", {}), ("GRPO", {}), ("GRPO", {"cast_lm_head_to_fp32": True})],
+    ids=["SFT", "KTO", "GRPO", "fp32-head"],
 )
 def test_bf16_autocast_within_trl_s_own_error(kind, settings, models, tokenizer, tmp_path, counted):
     """The first step, where all have the same weights: the gradient's error against float32 is no larger than TRL's."""

@@ -65,7 +65,7 @@ def test_each_statistic_that_is_asked_for_has_its_price(counted):
         for name in EXTRA_STATS
     }
     assert abs(price.pop("top_logprob")) < 0.3
-    assert price.pop("varentropy") < 6 and max(price.values()) < 2.5, price
+    assert price.pop("varentropy") < 7 and max(price.values()) < 2.5, price
     for name in (*(f"forward_bf16_{name}" for name in EXTRA_STATS), "forward_bf16_extra", "forward_bf16_softcap_extra"):
         assert counted[name]["all_16_bytes"] and counted[name]["local_bytes"] == 0, name
 

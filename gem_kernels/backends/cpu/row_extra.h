@@ -20,19 +20,19 @@ struct Extra {
     }
 };
 
-typedef double vd __attribute__((vector_size(W * 8)));
-
-// Sum x over `n` elements; -inf with a masked word.
+// Sum x over `n` elements; -inf with a masked word. Eight at a time are added in float32, the rest in double.
 INLINE double sum_of_logits(const float *x, int64_t n) {
-    vd lanes[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W)
-        for (int u = 0; u < 2; ++u) {
-            const vf v = load(x + i + u * W);
-            lanes[u] += __builtin_convertvector(v <= FLOOR ? splat(-INF) : v, vd);
-        }
     double sum = 0;
-    for (int k = 0; k < W; ++k) sum += lanes[0][k] + lanes[1][k];
+    int64_t i = 0;
+    for (; i + 8 * STEP <= n; i += 8 * STEP) {
+        vf lanes[U] = {};
+        for (int64_t j = i; j < i + 8 * STEP; j += STEP)
+            for (int u = 0; u < U; ++u) {
+                const vf v = load(x + j + u * W);
+                lanes[u] += v <= FLOOR ? splat(-INF) : v;
+            }
+        sum += reduce_sum(lanes);
+    }
     for (; i < n; ++i) sum += x[i] <= FLOOR ? -INF : x[i];
     return sum;
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...types import EXTRA_STATS, extra_bits
 from . import row_gradient, row_stats, span_scores
-from .launch import MOST_REGISTERS
+from .launch import MOST_REGISTERS, MOST_REGISTERS_EXTRA
 
 STATS = dict.fromkeys(("logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr"), "*fp32")
 ROW = {
@@ -184,6 +184,7 @@ def _with_extra(specs: dict[str, KernelSpec]) -> list[KernelSpec]:
             name=name,
             signature={**specs[base].signature, "extra_ptr": "*fp32"},
             constexprs={**plain(specs[base]), "WANTED": extra_bits(of)},
+            maxnreg=MOST_REGISTERS_EXTRA if "fp32" in name else None,
             counted_only=len(of) == 1,
         )
         for name, (base, of) in wanted.items()

@@ -17,6 +17,8 @@ OCCUPANCY = 2
 an element more and no spill, except under a softcap, which would spill. To be decided by a run on a GPU.
 """
 MOST_REGISTERS = 64
+MOST_REGISTERS_EXTRA = 128
+"""Of a forward pass of float32 with optional statistics: left alone, ptxas spills two of them to stay at 80."""
 ORDERED = torch.version.hip is None
 """A barrier of the threads of a program waits for their stores to memory. gfx942's does not (seen in its code)."""
 
@@ -43,6 +45,14 @@ def _options(rows: Tensor, options: RowOptions) -> dict:
         "SOFTCAP": options.softcap is not None,
         "PTX": nvidia,
     }
+
+
+def _register_limit(rows: Tensor, options: RowOptions, PTX: bool) -> dict[str, int]:
+    if PTX and OCCUPANCY == 4 and options.softcap is None and not options.extra:
+        return {"maxnreg": MOST_REGISTERS}
+    if PTX and options.extra and rows.element_size() == 4:
+        return {"maxnreg": MOST_REGISTERS_EXTRA}
+    return {}
 
 
 def _from_boundary(rows: Tensor) -> tuple[Tensor, int]:
@@ -100,7 +110,7 @@ def row_stats_forward(
             LANES=launch.lanes,
             ALIGN=launch.align,
             num_warps=launch.num_warps,
-            **({"maxnreg": MOST_REGISTERS} if OCCUPANCY == 4 and constants["PTX"] and options.softcap is None else {}),
+            **_register_limit(rows, options, constants["PTX"]),
         )
         if splits > 1:
             row_stats.row_stats_combine[(N,)](
