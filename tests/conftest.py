@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import tempfile
@@ -23,6 +24,10 @@ from filelock import FileLock
 # Read when a kernel is defined, so before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 
 # Files that compare no floating-point numbers. `make test-numerics` runs all others again: the mark `numerical`.
