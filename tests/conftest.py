@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Imports make a million objects that stay; each search of all of them for cycles takes half a second.
+gc.disable()
 
 # Read by every library of threads when it is loaded; the processes of tests inherit it. Workers that share the cores
 # would wait for each other's threads: two workers of two threads each took twice the time of one thread each.
@@ -46,6 +50,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.relative_to(here).with_suffix("").as_posix() not in WITHOUT_NUMBERS:
             item.add_marker(pytest.mark.numerical)
+
+
+def pytest_collection_finish():
+    gc.set_threshold(20_000, 10, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
