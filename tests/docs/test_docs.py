@@ -54,7 +54,7 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "trl", "verl", "scores", "starts"}
+    assert set(BLOCKS) == {"logits", "model", "policy", "mixed", "trl", "sega", "verl", "scores", "starts"}
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -80,6 +80,14 @@ def test_a_loss_and_its_gradients(block, names):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, p in model.named_parameters():
         assert_near(p.grad, expected[name], 2.0**-14, name, floor=1e-3 * largest)
+
+
+def test_mixed():
+    names = {"torch": torch, "hidden": torch.randn(5, 8).bfloat16(), "targets": torch.arange(5)}
+    names["weight"] = torch.randn(20, 8, requires_grad=True)
+    exec(BLOCKS["mixed"], names)
+    logp = (names["hidden"] @ names["weight"].detach().bfloat16().t()).float().log_softmax(-1)
+    assert_near(names["stats"].logprobs, logp.diagonal())
 
 
 def test_verl():
@@ -143,3 +151,19 @@ def test_trl(names, tmp_path):
     exec(BLOCKS["trl"], names)
     assert calls == [True] and trl.trainer.utils._ChunkedLogProbFunction is own
     assert not torch.equal(before, names["trainer"].model.lm_head.weight.detach().cpu())
+
+
+def test_sega(names, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    from tests.integrations.tiny import tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    names |= {"tokenizer": tiny_tokenizer(V), "dataset": datasets.Dataset.from_dict({"prompt": ["w1 w2", "w4 w5"]})}
+    names["settings"] = {
+        "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1,
+        "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 1,
+    }  # fmt: skip
+    exec(BLOCKS["sega"], names)
+    assert "gem/score" in names["trainer"].state.log_history[0]
