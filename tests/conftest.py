@@ -22,8 +22,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     _shared = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(_shared))
 
-import torch
-from filelock import FileLock
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 # Read when a kernel is defined, so before anything imports triton.
 if not torch.cuda.is_available():

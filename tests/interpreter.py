@@ -13,6 +13,8 @@ from triton.runtime import interpreter
 
 
 def patch_once_a_launch() -> None:
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older Triton
+        return
     patch, launch, find = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     patched: set[int] | None = None  # the namespaces of functions, since the launch began
 
