@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from .. import arguments
 
@@ -70,3 +73,19 @@ def check_parameters(library: str, written_for: str, version: str, name: str, fu
         expected = f"of version {written_for}, whose {name} takes ({parameters.replace(' ', ', ')})"
         got = "without it" if function is None else f"whose one takes {inspect.signature(function)}"
         arguments.fail(library, expected, f"{version}, {got}")
+
+
+def loaded(library: str, written_for: str, *modules: str) -> list[types.ModuleType]:
+    """The modules of a library that must be installed."""
+    try:
+        return [importlib.import_module(name) for name in modules]
+    except ModuleNotFoundError as error:
+        name = str(error.name)
+        got = f"no module {name}" if name.partition(".")[0] == library else f"one that does not find its {name}"
+        arguments.fail(library, f"installed, in version {written_for}", got)
+
+
+def computed_here(x: torch.Tensor) -> bool:
+    """Whether this package's functions take the tensor as it is."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return plain and x.device.type in ("cpu", "cuda") and x.dtype in arguments.LOGIT_DTYPES
