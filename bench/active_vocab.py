@@ -123,7 +123,7 @@ def backward(gradient, hidden, weight, targets, a, threshold, rows_per_chunk, cl
     products = Products(head, 1, (True, True, False))
     if products.active is not None:
         products.active = active_vocab.ActiveProducts(
-            weight, rows_per_chunk, threshold, (True, True), head.workspace_bytes
+            weight, rows_per_chunk, threshold, (True, True), head.workspace_bytes, weight.dtype
         )
     grad_hidden = torch.empty_like(hidden)
     for i in range(0, len(hidden), rows_per_chunk):

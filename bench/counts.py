@@ -130,6 +130,9 @@ class Counter(TorchDispatchMode):
         self.names[name] = self.names.get(name, 0) + 1
         if name in PRODUCTS:
             left, right = (args[i] for i in PRODUCTS[name])
+            dtypes = (left.dtype, right.dtype, out.dtype)
+            if left.dtype != right.dtype or out.dtype not in (left.dtype, torch.float32):
+                raise TypeError(f"a GPU has no product of these dtypes: {dtypes}")
             if left.shape[-1] == self.D and right.stride(0) == 1:  # hidden states @ weight.T
                 self.row_counts.add(left.shape[0])
             self.products += left.numel() * (right.shape[-1] if right.dim() > 1 else 1) / (self.N * self.V * self.D)
@@ -337,7 +340,8 @@ def counted(case: Case, shape: Head, function: Callable | None = None) -> Counte
 
 def rows_a_chunk(shape: Head) -> int:
     weight = torch.empty(shape.vocab, shape.hidden, dtype=torch.bfloat16, device=META)
-    given = head.HeadParameters(weight, None, torch.bfloat16, head.WORKSPACE_BYTES, tile_rows=head.TILE_ROWS)
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    given = head.HeadParameters(weight, None, *dtypes, head.WORKSPACE_BYTES, tile_rows=head.TILE_ROWS)
     return given.rows_per_chunk
 
 

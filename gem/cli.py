@@ -129,6 +129,9 @@ def calibrate_command(
     pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="As DATA of gem evaluate.")],
     out: Annotated[Path, typer.Option(help="A new file; its page beside it.")] = Path("score.json"),
     features: Annotated[str, typer.Option(help="Of the score, commas between.")] = ",".join(SCORE_FEATURES),
+    calibrate_on: Annotated[
+        str, typer.Option(help="auto, pairs, or candidates: the model's right and wrong answers.")
+    ] = "auto",
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
     eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
     max_completion_length: Annotated[
@@ -152,7 +155,8 @@ def calibrate_command(
 ) -> None:
     """Fit a score to the given pairs, test it, and say whether to trust it.
 
-    Candidates of the model give the scales and, where answers are known, tell what the score is worth on them.
+    Candidates of the model give the scales. Where answers are known, they are fitted to too, and tell what the score is
+    worth on them.
     """
     from gem.config.use import CalibrateSettings
 
@@ -168,7 +172,7 @@ def calibrate_command(
         raise UserError("--eval-file: expected --sample of at least 1 with it, got 0: the score is tested on samples")
     bad = "skip" if skip_bad else "error"
     settings = CalibrateSettings(
-        num_generations=sample, score_features=names,
+        num_generations=sample, score_features=names, calibrate_on=calibrate_on,
         max_completion_length=max_completion_length, temperature=temperature, fork_weight=fork_weight, top_m=top_m,
         answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, split=split,
         prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,

@@ -197,15 +197,17 @@ def recalibrate(stage: Stage, state: RunState, guards: Guards) -> None:
 def run_evaluation(session: Session, state: RunState, name: str, linear: LinearScore | None = None) -> Evaluation:
     """Evaluates the model as it is, on the same prompts and seed every time, and writes what came to the metrics.
 
+    At the start without answers where `eval_on_start` is false: the pairs' log-probs are the reference of later ones.
     linear: the score of the candidates in place of the one that the run was given.
     """
     linear = linear or session.linear
     config, start = session.config, state.evaluations.get("start")
+    silent = name == "start" and not config.eval_on_start
     result = evaluate(
         session.policy,
         session.form,
         session.eval_pairs,
-        settings=config,
+        settings=config.changed(eval_generate=0, eval_sample=0) if silent else config,
         how=CandidateSettings(config, config, linear),
         console=session.console,
         name=name,

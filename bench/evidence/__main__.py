@@ -10,6 +10,7 @@ there. A finished row is a file, OUT/seed-S/ROW.json, and is not run again: the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -24,7 +25,16 @@ from bench.evidence import tables
 from bench.evidence.data import ARITHMETIC, as_row, file_pairs, task_rows, write_task
 from bench.evidence.objectives import OBJECTIVES, Objective
 from bench.evidence.scores import base_scores, measure, sft_scores
-from bench.evidence.start import SETTINGS, Start, load_or_sample_pool, make_config, open_start, train_sft
+from bench.evidence.start import (
+    GIVEN_STEP,
+    POOL_STEP,
+    SETTINGS,
+    Start,
+    load_or_sample_pool,
+    make_config,
+    open_start,
+    train_sft,
+)
 from gem.data.pairs import load_pairs
 from gem.demo.run import demo_model
 from gem.errors import UserError
@@ -119,8 +129,8 @@ def run_seed(plan: Plan, seed: int) -> None:
     files = write_task(folder, plan.task, seed, plan.sizes)
     if any(missing(plan, folder, (SCORES, SFT))):
         start_time = time.monotonic()
-        start, pool = begin(plan, folder, files, seed, {})
-        table, row = sft_scores(start, pool, plan.sizes)
+        start = begin(plan, folder, files, seed, {})
+        table, row = sft_scores(start, folder / "held_out.pt", plan.sizes)
         write_result(plan, folder / f"{SFT}.json", row, start_time)
         write_result(plan, folder / f"{SCORES}.json", table, start_time)
     for objective in OBJECTIVES:
@@ -134,15 +144,20 @@ def missing(plan: Plan, folder: Path, keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key in plan.rows and not (folder / f"{key}.json").is_file()]
 
 
-def begin(plan: Plan, folder: Path, files: dict[str, Path], seed: int, changes: dict[str, Any]) -> tuple[Start, Any]:
-    """The SFT model and its pool. Without chain of thought both are of their own."""
-    kind = "" if changes.get("chain_of_thought", True) else "-no_chain"
+def begin(plan: Plan, folder: Path, files: dict[str, Path], seed: int, changes: dict[str, Any]) -> Start:
+    """The SFT model, with its candidates of the given prompts. Without chain of thought they are others."""
+    kind = kind_of(changes)
     form = {"chain_of_thought": False} if kind else {}
     common = {**common_settings(plan), **form}
     model = train_sft(make_config(folder, f"sft{kind}", plan.model, files, seed, **common))
     config = make_config(folder, f"sft{kind}", str(model), files, seed, **{**common, **changes})
     start = open_start(str(model), files, config)
-    return start, load_or_sample_pool(folder / f"pool{kind}.pt", start)
+    own = load_or_sample_pool(folder / f"given{kind}.pt", start, start.data.given, GIVEN_STEP)
+    return dataclasses.replace(start, own=own)
+
+
+def kind_of(changes: dict[str, Any]) -> str:
+    return "" if changes.get("chain_of_thought", True) else "-no_chain"
 
 
 def run_objective(
@@ -150,7 +165,8 @@ def run_objective(
 ) -> None:
     """Trains once and measures the model, and where it is asked for the mean of the weights before and after."""
     start_time = time.monotonic()
-    start, pool = begin(plan, folder, files, seed, objective.changes)
+    start = begin(plan, folder, files, seed, objective.changes)
+    pool = load_or_sample_pool(folder / f"pool{kind_of(objective.changes)}.pt", start, start.data.pool, POOL_STEP)
     before = StartingPolicy(start.policy.model) if objective.mean in wanted else None
     trained = objective.train(start, pool)
     if objective.key in wanted:

@@ -52,7 +52,7 @@ def sega_paper(start: Start, pool: Pool) -> dict[str, Any]:
 
 
 def sega_calibrated(start: Start, pool: Pool) -> dict[str, Any]:
-    return sega(start, pool, calibrated_score(start, pool))
+    return sega(start, pool, calibrated_score(start))
 
 
 def sega(start: Start, pool: Pool, linear: LinearScore | None) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def sega(start: Start, pool: Pool, linear: LinearScore | None) -> dict[str, Any]
 
 def filtered_dpo(start: Start, pool: Pool) -> dict[str, Any]:
     """DPO on the best and the worst candidate of each prompt by the calibrated score."""
-    scored = pool.scored(start.form, start.config, calibrated_score(start, pool))
+    scored = pool.scored(start.form, start.config, calibrated_score(start))
     return dpo(start, filtered_pairs(scored), 1) | {"pairs": len(filtered_pairs(scored))}
 
 
@@ -92,13 +92,13 @@ def dpo(start: Start, pairs: Sequence[TokenizedPair], passes: int) -> dict[str, 
 
 def rejection(start: Start, pool: Pool) -> dict[str, Any]:
     """SFT on the model's own winners, of the half of the prompts whose candidates agree most."""
-    scored = pool.scored(start.form, start.config, calibrated_score(start, pool))
+    scored = pool.scored(start.form, start.config, calibrated_score(start))
     return learn_winners(start, pool, scored, choose_winners(scored, SHARE))
 
 
 def random_winners(start: Start, pool: Pool) -> dict[str, Any]:
     """The control: as many prompts and winners, both drawn by lot; all else as in `rejection`."""
-    scored = pool.scored(start.form, start.config, calibrated_score(start, pool))
+    scored = pool.scored(start.form, start.config, calibrated_score(start))
     every = choose_winners(scored, 1.0)  # the prompts that have a winner at all
     number = len(choose_winners(scored, SHARE))
     draw, size = random.Random(start.config.seed), pool.num_generations
@@ -164,8 +164,8 @@ def held_out_logprob(start: Start) -> dict[str, float]:
     return {"held_out_logprob": chosen, "held_out_margin": chosen - rejected}
 
 
-def calibrated_score(start: Start, pool: Pool) -> LinearScore:
-    return as_linear(calibrated(start, pool)[CALIBRATED][1])
+def calibrated_score(start: Start) -> LinearScore:
+    return as_linear(calibrated(start)[1][CALIBRATED])
 
 
 _SFT = {"learning_rate": 1e-4, "lr_schedule": "linear", "sft_batch_size": 8}

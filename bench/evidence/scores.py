@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.evidence.start import Pool, Start
-from gem.calibration.features import CALIBRATED, linear_score, plain_scores
-from gem.calibration.fit import PairCalibration
+from bench.evidence.start import Start
+from gem.calibration.features import CALIBRATED, feature_columns, linear_score, plain_scores
+from gem.calibration.fit import PairCalibration, PairFeatures
 from gem.calibration.measure import (
-    PairFeatures,
     calibrate_policy,
     candidate_features,
     own_candidates,
     pair_features,
+    right_and_wrong,
 )
 from gem.config.settings import SCORE_FEATURES
 from gem.data.answers import answers_match
@@ -24,10 +25,9 @@ from gem.data.batches import TokenizedPair
 from gem.evaluation.evaluate import reward_differences
 from gem.model.forward import pair_logprobs
 from gem.rollout.sample import Rollout, roll_out
-from gem.scoring.score import ScoredRollout
 from gem_kernels import LinearScore
 
-CALIBRATED_ON_PAIRS = "calibrated, scales of pairs"
+CALIBRATED_ON_PAIRS = "calibrated on pairs"
 EVALUATION_SEED = 777  # the held-out samples of every row are drawn with the same random keys
 
 
@@ -37,15 +37,21 @@ def all_scores(features: np.ndarray, fork_weight: float = 1.0) -> dict[str, np.n
     return {"fork_entropy": -scores.pop("-fork_entropy"), **scores}
 
 
-def calibrated(start: Start, pool: Pool) -> dict[str, tuple[PairFeatures, PairCalibration]]:
-    """The score fitted to the given pairs, with the scales of the pool's candidates and with those of the pairs."""
-    config = start.config
+def calibrated(start: Start) -> tuple[PairFeatures, dict[str, PairCalibration]]:
+    """(features of the given pairs, the score fitted as `gem train` fits it, and to the given pairs alone).
+
+    The candidates of the given prompts give the scales of both.
+    """
+    config, own = start.config, start.own
+    assert own is not None
     given = pair_features(start.policy, start.form, start.data.given, config, batch_size=config.eval_batch_size)
-    candidates = pool.scored(start.form, config, None)
-    return {
-        name: (given, calibrate_policy(given, source, features=SCORE_FEATURES, seed=config.seed))
-        for name, source in ((CALIBRATED, candidates), (CALIBRATED_ON_PAIRS, None))
-    }
+    candidates = own.scored(start.form, config, None)
+    pairs = right_and_wrong(candidates, [pair.prompt_ids for pair in own.pairs], [pair.answer for pair in own.pairs])
+
+    def fit(fit_to: str) -> PairCalibration:
+        return calibrate_policy(given, candidates, pairs, features=SCORE_FEATURES, fit_to=fit_to, seed=config.seed)
+
+    return given, {CALIBRATED: fit("auto"), CALIBRATED_ON_PAIRS: fit("pairs")}
 
 
 def as_linear(fitted: PairCalibration) -> LinearScore:
@@ -54,60 +60,68 @@ def as_linear(fitted: PairCalibration) -> LinearScore:
 
 
 def pair_margins(given: PairFeatures, fits: Mapping[str, PairCalibration], *, held_out: bool) -> dict[str, list[float]]:
-    """S(chosen) - S(rejected) of each pair by each score. held_out: the fits have not seen these pairs; otherwise they
-    are the pairs of the fits, and each is judged by a fit without its prompt."""
+    """S(chosen) - S(rejected) of each pair by each score. held_out: the fits know nothing of these prompts; otherwise
+    each pair is judged by a fit without its prompt."""
     chosen, rejected = all_scores(given.chosen), all_scores(given.rejected)
     margins = {name: chosen[name] - rejected[name] for name in chosen}
+    differences = given.chosen - given.rejected
     for name, fitted in fits.items():
-        margins[name] = linear_score(given.chosen - given.rejected, *fitted.linear) if held_out else fitted.held_out
+        unseen = fitted.unseen_weights(given.prompts)
+        columns = feature_columns(fitted.features)
+        margins[name] = (
+            linear_score(differences, *fitted.linear) if held_out else (differences[:, columns] * unseen).sum(1)
+        )
     return {name: values.tolist() for name, values in margins.items()}
 
 
-def sample_scores(candidates: ScoredRollout, fits: Mapping[str, PairCalibration]) -> dict[str, np.ndarray]:
-    """Every score of every candidate, name -> [P, G]."""
-    values, _ = candidate_features(candidates)
-    return all_scores(values) | {name: linear_score(values, *fitted.linear) for name, fitted in fits.items()}
-
-
-def sft_scores(start: Start, pool: Pool, sizes: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def sft_scores(start: Start, samples: Path, sizes: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the table of scores, the SFT row) of the SFT model, both from the same held-out samples.
 
-    With `score_samples` 0 nothing is sampled: the table is of pairs alone.
+    samples: the file of these, which is made where it is not there. With `score_samples` 0 the table is of pairs alone.
     """
     config, data = start.config, start.data
-    found = calibrated(start, pool)
-    fits = {name: fitted for name, (_, fitted) in found.items()}
-    given = found[CALIBRATED][0]
+    given, fits = calibrated(start)
     held_out = pair_features(
         start.policy, start.form, data.held_out[: sizes["preference_pairs"]], config, batch_size=config.eval_batch_size
     )
-    samples = sampled(start, fits, sizes["score_samples"]) if sizes["score_samples"] else {"right": []}
+    found = held_out_samples(start, samples, sizes["score_samples"]) if sizes["score_samples"] else {"right": []}
+    if "features" in found:
+        values = np.array(found.pop("features"))
+        scores = all_scores(values) | {name: linear_score(values, *fitted.linear) for name, fitted in fits.items()}
+        found["samples"] = {name: value.tolist() for name, value in scores.items()}
     table = {
         "given": pair_margins(given, fits, held_out=False),
         "given_prompts": [_key(prompt) for prompt in given.prompts],
         "held_out": pair_margins(held_out, fits, held_out=True),
-        **samples,
+        **found,
         "verdict": fits[CALIBRATED].verdict.words,
+        "fitted_to": fits[CALIBRATED].fitted_to,
         "weights": {name: dict(zip(fitted.features, fitted.weights.tolist())) for name, fitted in fits.items()},
         "scales": {name: dict(zip(fitted.features, fitted.scales.tolist())) for name, fitted in fits.items()},
     }
-    return table, {"right": samples["right"], "won": preferences(start, sizes), "curve": []}
+    return table, {"right": found["right"], "won": preferences(start, sizes), "curve": []}
 
 
-def sampled(start: Start, fits: Mapping[str, PairCalibration], number: int) -> dict[str, Any]:
-    """`number` samples of each held-out problem: their scores, which of them count, which are right; [P][number]."""
-    config, pairs = start.config, start.data.held_out
-    candidates = own_candidates(
-        start.policy, start.form, [pair.prompt_ids for pair in pairs], config,
-        config.changed(num_generations=number), seed=EVALUATION_SEED, batch_size=config.rollout_batch_size,
-    )  # fmt: skip
-    known = [i for i, pair in enumerate(pairs) if pair.answer is not None]
-    scores = {name: values[known].tolist() for name, values in sample_scores(candidates, fits).items()}
-    return {
-        "samples": scores,
-        "valid": candidate_features(candidates)[1][known].tolist(),
-        "right": right_answers(candidates.rollout, pairs),
-    }
+def held_out_samples(start: Start, path: Path, number: int) -> dict[str, Any]:
+    """`number` samples of each held-out problem with a known answer: features [P][number][9], which of them count,
+    which are right, [P][number]; of the file, or new ones, which are then written there."""
+    if not path.is_file():
+        config, pairs = start.config, start.data.held_out
+        candidates = own_candidates(
+            start.policy, start.form, [pair.prompt_ids for pair in pairs], config,
+            config.changed(num_generations=number), seed=EVALUATION_SEED, batch_size=config.rollout_batch_size,
+        )  # fmt: skip
+        known = [i for i, pair in enumerate(pairs) if pair.answer is not None]
+        values, valid = candidate_features(candidates)
+        found = {
+            "features": torch.from_numpy(values[known]),
+            "valid": torch.from_numpy(valid[known]),
+            "right": torch.tensor(right_answers(candidates.rollout, pairs)),
+        }
+        part = path.with_name(f".{path.name}.part")
+        torch.save(found, part)
+        part.rename(path)
+    return {name: values.tolist() for name, values in torch.load(path, weights_only=True).items()}
 
 
 def base_scores(start: Start, pairs: list[TokenizedPair]) -> dict[str, Any]:

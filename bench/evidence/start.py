@@ -27,7 +27,7 @@ from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.score import ScoredRollout, rank_candidates
 from gem_kernels import LinearScore
 
-POOL_STEP = 1  # of the sampler's random keys: the pool's draws are not those of any evaluation
+POOL_STEP, GIVEN_STEP = 1, 2  # of the sampler's random keys: these draws are not those of any evaluation
 # Of every row but those that say otherwise: one update for all scores, so that only the score differs. Not tuned.
 SETTINGS: dict[str, Any] = {
     "rollout_batch_size": 16, "mask_truncated": True,
@@ -74,6 +74,7 @@ class Start:
     config: TrainConfig
     accelerator: Accelerator
     data: TaskData
+    own: Pool | None = None  # candidates of the given prompts, whose answers are known: for calibration
 
 
 def make_config(folder: Path, name: str, model: str, files: dict[str, Path], seed: int, **changes: Any) -> TrainConfig:
@@ -102,13 +103,13 @@ def open_start(model: str, files: dict[str, Path], config: TrainConfig) -> Start
     return Start(policy, form, config, accelerator, load_task(files, form, config))
 
 
-def load_or_sample_pool(path: Path, start: Start) -> Pool:
-    """The pool in the file, or a new one, which is then written there."""
+def load_or_sample_pool(path: Path, start: Start, pairs: list[TokenizedPair], step: int) -> Pool:
+    """The candidates in the file, or new ones of the pairs' prompts, which are then written there."""
     if not path.is_file():
         config = start.config
         rollout = roll_out(
-            start.policy, start.form, [pair.prompt_ids for pair in start.data.pool], config,
-            seed=config.seed, step=POOL_STEP, batch_size=config.rollout_batch_size,
+            start.policy, start.form, [pair.prompt_ids for pair in pairs], config,
+            seed=config.seed, step=step, batch_size=config.rollout_batch_size,
             stats_temperature=config.score_temperature,
         )  # fmt: skip
         mask = rollout.batch.completion_mask
@@ -123,4 +124,4 @@ def load_or_sample_pool(path: Path, start: Start) -> Pool:
         part.rename(path)
     rows = torch.load(path, weights_only=True)
     statistics = [(row["logprobs"], row["entropy"]) for row in rows]
-    return Pool(start.data.pool, [row["ids"].tolist() for row in rows], statistics)
+    return Pool(pairs, [row["ids"].tolist() for row in rows], statistics)

@@ -19,8 +19,8 @@ from gem.statistics import auroc_within, bootstrap_interval, share_estimate
 Results = list[dict[str, Any]]
 TABLES = ("pairs", "scores", "objectives")
 SCORE_WORDS = {
-    CALIBRATED: "**calibrated, scales of the model's candidates**",
-    CALIBRATED_ON_PAIRS: "calibrated, scales of the given pairs",
+    CALIBRATED: "**calibrated**",
+    CALIBRATED_ON_PAIRS: "calibrated on the given pairs alone",
     "mean_logprob": "mean log-prob",
     "min_logprob": "smallest log-prob",
     "-mean_entropy": "−mean entropy",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from gem.calibration.features import feature_columns
 from gem.calibration.measure import (
-    SCALE_PROMPTS,
     PromptIds,
     calibrate_policy,
     candidate_scores,
+    known_answers,
     measure_samples,
     own_candidates,
     pair_features,
     pairs_hash,
+    prompts_to_sample,
+    right_and_wrong,
 )
 from gem.calibration.score_file import Score
 from gem.config.settings import RowSettings, Sampling, Scoring
@@ -30,10 +32,6 @@ from gem.progress import Bar, progress
 from gem.scoring.score import ScoredRollout
 from gem.terminal.console import print_warning
 
-# Of the pairs' own prompts at most so many get candidates to measure the score on: more takes longer and tells little
-# more. A file given to test on is used whole.
-MOST_PROMPTS = 64
-
 
 @dataclass(frozen=True)
 class CalibrateRequest:
@@ -44,6 +42,7 @@ class CalibrateRequest:
     split: str
     eval_file: Source | None
     features: tuple[str, ...]
+    fit_to: str  # auto, pairs or candidates
     sample: int
     rows: RowSettings
     sampling: Sampling
@@ -61,13 +60,18 @@ def calibrate_file(
 ) -> Score:
     """The score of a file of pairs. Everything that can be wrong with the input is found before `load` is called.
 
-    With `sample`, candidates of at most `SCALE_PROMPTS` of the pairs' prompts give the scales. It is measured on the
-    candidates of `eval_file`'s prompts or, without one, of at most `MOST_PROMPTS` of the pairs' own whose answer is
-    known, each judged by a score fitted without the pairs of its prompt.
+    With `sample`, candidates of `prompts_to_sample` give the scales and, where answers are known, right and wrong
+    candidates to fit to. It is measured on the candidates of `eval_file`'s prompts, all of them, or, without one, on
+    the same candidates, those of each prompt by a score fitted without that prompt.
     """
     feature_columns(request.features)
     if request.eval_file is not None and not request.sample:
         raise UserError("--eval-file: expected --sample of at least 1 with it, got 0: the score is tested on samples")
+    if request.fit_to == "candidates" and request.sample < 2:
+        raise UserError(
+            f"--calibrate-on candidates: expected --sample of at least 2 with it, got {request.sample}: a right and a "
+            "wrong answer are told apart"
+        )
     for source in filter(None, (request.pairs, request.eval_file)):
         check_source(source)
     room = request.sampling.max_completion_length if request.sample else 0
@@ -78,21 +82,23 @@ def calibrate_file(
             f"{request.eval_file}: no row has a known answer, so right and wrong samples cannot be told apart; add "
             f'"{request.rows.answer_column}", or leave out --eval-file'
         )
-    prompts = _prompts(pairs, [] if others is not None else pairs)
-    tested = {} if others is None else _truths(others)
+    prompts = prompts_to_sample(pairs)
+    tested = {} if others is None else known_answers(others)
     policy, form = load()
     with progress(console, "Calibration", len(pairs) + (len(prompts) + len(tested)) * bool(request.sample)) as bar:
         given = pair_features(policy, form, pairs, request.scoring, batch_size=request.batch_size, bar=bar)
         pool = _sample(policy, form, list(prompts), request, bar, step=0)
         fitted = calibrate_policy(
-            given, pool, features=request.features, fork_weight=request.scoring.fork_weight, seed=request.seed
-        )
+            given, pool, None if pool is None else right_and_wrong(pool, list(prompts), list(prompts.values())),
+            features=request.features, fit_to=request.fit_to, fork_weight=request.scoring.fork_weight,
+            seed=request.seed,
+        )  # fmt: skip
         candidates = _sample(policy, form, list(tested), request, bar, step=1) if others is not None else pool
         truths = tested if others is not None else prompts
         samples = platt = None
         if candidates is not None:
-            # A prompt with pairs is judged by the score fitted without them, wherever it stands.
-            scores = candidate_scores(fitted, given, list(truths), candidates)
+            # A prompt that was fitted on is judged by the score fitted without it, wherever it stands.
+            scores = candidate_scores(fitted, list(truths), candidates)
             samples, platt = measure_samples(
                 scores, candidates, list(truths.values()), fork_weight=request.scoring.fork_weight, seed=request.seed
             )
@@ -108,23 +114,6 @@ def _load(
     if str(report):
         print_warning(console, str(report))
     return pairs
-
-
-def _truths(pairs: Sequence[TokenizedPair]) -> dict[PromptIds, str | None]:
-    """Each prompt once, with its known answer: the first that a row gives."""
-    found: dict[PromptIds, str | None] = {}
-    for pair in pairs:
-        if found.get(pair.prompt_ids) is None:
-            found[pair.prompt_ids] = pair.answer
-    return found
-
-
-def _prompts(pairs: Sequence[TokenizedPair], measured: Sequence[TokenizedPair]) -> dict[PromptIds, str | None]:
-    """The prompts that get candidates: `MOST_PROMPTS` of those measured on, else `SCALE_PROMPTS` for the scales."""
-    known = {prompt: answer for prompt, answer in _truths(measured).items() if answer is not None}
-    if known:
-        return dict(list(known.items())[:MOST_PROMPTS])
-    return dict(list(_truths(pairs).items())[:SCALE_PROMPTS])
 
 
 def _sample(

@@ -45,13 +45,24 @@ DEFAULT_STRENGTH = 1.0
 MAX_HELD_OUT = 400_000
 # A feature whose differences are this small beside its values is constant up to fp32's rounding: it gets weight 0.
 CONSTANT = 1e-6
+# Which pairs a verdict is about, in its words.
+HELD_OUT, OWN = "it was not fitted on", "a right and a wrong answer of the model's own"
 # How the words of a verdict call a share of pairs.
 MODERATE, STRONG = 0.65, 0.8
 
 
 @dataclass(frozen=True)
+class PairFeatures:
+    """Features of pairs [N, 9] float64, in the order of `FEATURES`, and the prompt of each."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    prompts: list[Hashable]
+
+
+@dataclass(frozen=True)
 class PairCalibration:
-    """A score fitted to pairs and what the pairs say of it. Arrays follow `features`."""
+    """A score fitted to N pairs and what pairs say of it. Arrays follow `features`."""
 
     features: tuple[str, ...]
     weights: np.ndarray  # [F], of standardised differences
@@ -60,15 +71,21 @@ class PairCalibration:
     l2: float
     held_out: np.ndarray  # [N] S(a+) - S(a-) by a score fitted without the pair's prompt
     held_out_weights: np.ndarray  # [N, F] of that score: S = held_out_weights . x
-    num_prompts: int
+    prompts: tuple[Hashable, ...]  # [N]
+    num_prompts: int  # of the pairs that it was tested on
     pair_accuracy: dict[str, Estimate]
     verdict: Verdict
     scales_from: Literal["candidates", "pairs"] = "pairs"
+    fitted_to: Literal["candidates", "pairs"] = "pairs"
 
     @property
     def linear(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """(names, weights / scales): what a linear score of raw features needs."""
         return self.features, tuple((self.weights / self.scales).tolist())
+
+    def unseen_weights(self, prompts: Sequence[Hashable]) -> np.ndarray:
+        """Weights of raw features, [N, F]: for a prompt that was fitted on those of the score fitted without it."""
+        return _unseen_weights(self.prompts, self.held_out_weights, self.weights / self.scales, prompts)
 
     def score(
         self,
@@ -93,13 +110,14 @@ class PairCalibration:
             l2=self.l2,
             model=model,
             pairs_hash=pairs_hash,
-            num_pairs=len(self.held_out),
+            num_pairs=self.pair_accuracy[CALIBRATED].count,
             num_prompts=self.num_prompts,
             verdict=self.verdict,
             pair_accuracy=self.pair_accuracy,
             platt=platt,
             samples=samples,
             scales_from=self.scales_from,
+            fitted_to=self.fitted_to,
         )
 
 
@@ -112,6 +130,7 @@ def calibrate(
     fork_weight: float = 1.0,
     seed: int = 0,
     scales: np.ndarray | None = None,
+    given: PairFeatures | None = None,
 ) -> PairCalibration:
     """Fits the score to the pairs and tests it on prompts that it has not seen.
 
@@ -129,6 +148,9 @@ def calibrate(
         seed: of the bootstraps.
         scales: [9], in the order of `FEATURES`: `candidate_scales` of the model's own candidates. None: of the pairs.
             They need no label, so they are the same in every fit, the held-out ones included.
+        given: then the pairs fitted to are a right and a wrong answer of the model's own, and these are the given ones,
+            which the score is only tested on: pair accuracies and verdict are of both. A prompt with many pairs of its
+            own weighs as one with few: each pair's loss counts 1 / (pairs of its prompt).
 
     Raises:
         UserError: wrong shapes, unknown features, fewer than two prompts, or a feature that is not finite.
@@ -145,28 +167,37 @@ def calibrate(
     sizes = np.maximum(np.abs(better), np.abs(worse))[:, columns]
 
     fixed = None if scales is None else _check_scales(scales)[columns]
-    everything = np.ones((1, len(groups)))
-    l2 = float(_choose_strengths(differences, sizes, groups, everything, fixed)[0])
-    own = _scales(differences, sizes, everything, fixed)[0]
-    weights = _fit(differences / own, l2)
-    intervals = _weight_intervals(differences, own, l2, groups, seed)
-    held_out_weights = _held_out_weights(differences, sizes, groups, fixed)
+    counts = np.ones(len(groups)) if given is None else 1 / np.bincount(groups)[groups]
+    l2 = float(_choose_strengths(differences, sizes, groups, counts[None], fixed)[0])
+    found = _scales(differences, sizes, counts[None], fixed)[0]
+    weights = _fit(differences / found, l2, counts)
+    intervals = _weight_intervals(differences, found, l2, groups, counts, seed)
+    held_out_weights = _held_out_weights(differences, sizes, groups, counts, fixed)
     held_out = (differences * held_out_weights).sum(1)
 
-    margins = _plain_margins(better, worse, fork_weight) | {CALIBRATED: held_out}
-    accuracy = {name: pair_accuracy(margin, groups.tolist(), seed) for name, margin in margins.items()}
+    tested, which, judged = list(prompts), HELD_OUT, held_out
+    if given is not None:
+        which = f"{HELD_OUT} ({len(groups)} of them {OWN})"
+        tested += given.prompts
+        unseen = _unseen_weights(prompts, held_out_weights, weights / found, given.prompts)
+        judged = np.concatenate([held_out, ((given.chosen - given.rejected)[:, columns] * unseen).sum(1)])
+        better, worse = np.concatenate([better, given.chosen]), np.concatenate([worse, given.rejected])
+    margins = _plain_margins(better, worse, fork_weight) | {CALIBRATED: judged}
+    accuracy = {name: pair_accuracy(margin, tested, seed) for name, margin in margins.items()}
     return PairCalibration(
         features=tuple(features),
         weights=weights,
         weight_intervals=intervals,
-        scales=np.where(np.isfinite(own), own, 1.0),
+        scales=np.where(np.isfinite(found), found, 1.0),
         l2=l2,
         held_out=held_out,
         held_out_weights=held_out_weights,
-        num_prompts=int(groups.max()) + 1,
+        prompts=tuple(prompts),
+        num_prompts=len(set(tested)),
         pair_accuracy=accuracy,
-        verdict=judge(margins, accuracy, groups.tolist(), seed),
+        verdict=judge(margins, accuracy, tested, seed, which),
         scales_from="pairs" if fixed is None else "candidates",
+        fitted_to="pairs" if given is None else "candidates",
     )
 
 
@@ -222,7 +253,7 @@ def judge(
     accuracy: dict[str, Estimate],
     prompts: Sequence[Hashable],
     seed: int = 0,
-    which: str = "it was not fitted on",
+    which: str = HELD_OUT,
 ) -> Verdict:
     """The verdict on the calibrated score, or on another in its place. which: pairs, in the words of the verdict.
 
@@ -337,13 +368,13 @@ def _scales(
     return np.where(scales > CONSTANT * np.sqrt(counts @ sizes**2 / total), scales, np.inf)
 
 
-def _fit(scaled: np.ndarray, l2: float) -> np.ndarray:
+def _fit(scaled: np.ndarray, l2: float, counts: np.ndarray) -> np.ndarray:
     """w [F] of standardised differences. Each pair stands there in both orders, so its loss counts twice."""
     from sklearn.linear_model import LogisticRegression  # a second of imports, for who calibrates
 
     model = LogisticRegression(C=1 / (2 * l2), fit_intercept=False, solver="newton-cholesky", tol=1e-8, max_iter=1000)
     both = np.concatenate([scaled, -scaled])
-    return model.fit(both, np.repeat([1, 0], len(scaled))).coef_[0]
+    return model.fit(both, np.repeat([1, 0], len(scaled)), sample_weight=np.tile(counts, 2)).coef_[0]
 
 
 def _refit(differences: np.ndarray, counts: np.ndarray, scales: np.ndarray, l2: np.ndarray) -> np.ndarray:
@@ -387,7 +418,8 @@ def _choose_strengths(
     counts: np.ndarray,
     fixed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The strength with the smallest held-out log-loss for each choice of rows, by counts [K, N] of 0 and 1: [K]."""
+    """The strength with the smallest held-out log-loss for each choice of rows, those whose counts [K, N] are above 0:
+    [K]."""
     from sklearn.model_selection import GroupKFold
 
     tasks, rows_of = [], []
@@ -404,7 +436,7 @@ def _choose_strengths(
         return chosen
     inner, test = np.zeros((2, len(tasks), len(groups)))
     for i, (train_rows, test_rows) in enumerate(rows_of):
-        inner[i, train_rows], test[i, test_rows] = 1, 1
+        inner[i, train_rows], test[i, test_rows] = counts[tasks[i], train_rows], counts[tasks[i], test_rows]
     scales = _scales(differences, sizes, inner, fixed)
     losses = np.zeros((len(counts), len(STRENGTHS)))
     for j, l2 in enumerate(STRENGTHS):
@@ -416,15 +448,12 @@ def _choose_strengths(
     return chosen
 
 
-def _held_out(
-    differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, fixed: np.ndarray | None = None
-) -> np.ndarray:
-    """S(a+) - S(a-) of each pair by a score that knows nothing of its prompt, [N]."""
-    return (differences * _held_out_weights(differences, sizes, groups, fixed)).sum(1)
-
-
 def _held_out_weights(
-    differences: np.ndarray, sizes: np.ndarray, groups: np.ndarray, fixed: np.ndarray | None
+    differences: np.ndarray,
+    sizes: np.ndarray,
+    groups: np.ndarray,
+    pair_counts: np.ndarray,
+    fixed: np.ndarray | None,
 ) -> np.ndarray:
     """Weights of raw features, w / s, of the score that knows nothing of the pair's prompt, [N, F]."""
     from sklearn.model_selection import GroupKFold
@@ -432,7 +461,7 @@ def _held_out_weights(
     number = int(groups.max()) + 1
     num_folds = min(number, max(10, MAX_HELD_OUT // len(groups)))
     folds = [test for _, test in GroupKFold(num_folds).split(groups, groups=groups)]
-    counts = np.ones((len(folds), len(groups)))
+    counts = np.tile(pair_counts, (len(folds), 1))
     for k, test in enumerate(folds):
         counts[k, test] = 0
     strengths = _choose_strengths(differences, sizes, groups, counts, fixed)
@@ -444,12 +473,19 @@ def _held_out_weights(
     return found
 
 
+def _unseen_weights(
+    fitted: Sequence[Hashable], held_out: np.ndarray, weights: np.ndarray, prompts: Sequence[Hashable]
+) -> np.ndarray:
+    rows = {prompt: row for row, prompt in enumerate(fitted)}
+    return np.stack([held_out[rows[prompt]] if prompt in rows else weights for prompt in prompts])
+
+
 def _weight_intervals(
-    differences: np.ndarray, scales: np.ndarray, l2: float, groups: np.ndarray, seed: int
+    differences: np.ndarray, scales: np.ndarray, l2: float, groups: np.ndarray, pair_counts: np.ndarray, seed: int
 ) -> np.ndarray:
     """95 % percentile intervals of w over resampled prompts, [F, 2]."""
     number = int(groups.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), NUM_RESAMPLES)
-    counts = drawn[:, groups].astype(np.float64)
+    counts = drawn[:, groups] * pair_counts
     weights = _refit(differences, counts, np.tile(scales, (NUM_RESAMPLES, 1)), np.full(NUM_RESAMPLES, l2))
     return np.quantile(weights, [0.025, 0.975], axis=0).T

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gem.calibration.features import CALIBRATED, FEATURES, linear_score, plain_scores
-from gem.calibration.fit import PairCalibration, calibrate, candidate_scales
+from gem.calibration.features import CALIBRATED, FEATURES, feature_columns, linear_score, plain_scores
+from gem.calibration.fit import MIN_PROMPTS, PairCalibration, PairFeatures, calibrate, candidate_scales, pair_accuracy
 from gem.calibration.probability import fit_platt
 from gem.calibration.samples import evaluate_samples
 from gem.calibration.score_file import Platt, Samples, hash_pairs
@@ -28,15 +27,9 @@ PromptIds = tuple[int, ...]
 # Prompts whose candidates give scales where nothing else is asked of them: with 4 candidates each 96 differences, which
 # know a standard deviation to about a tenth.
 SCALE_PROMPTS = 16
-
-
-@dataclass(frozen=True)
-class PairFeatures:
-    """Features of given pairs [N, 9] float64, in the order of `FEATURES`, and the prompt of each."""
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    prompts: list[PromptIds]
+# Of the pairs' own prompts with a known answer at most so many get candidates to fit to and to measure on: more takes
+# longer and tells little more.
+MOST_PROMPTS = 64
 
 
 def pair_features(
@@ -82,6 +75,25 @@ def feature_table(features: CompletionFeatures) -> np.ndarray:
     return torch.stack([getattr(features, name) for name in FEATURES], 1).double().numpy()
 
 
+def prompts_to_sample(pairs: Sequence[TokenizedPair]) -> dict[PromptIds, str | None]:
+    """Prompts, each once, with their known answers: at most `MOST_PROMPTS` of those that have one, where these are
+    `MIN_PROMPTS` or more; else at most `SCALE_PROMPTS` of all, which are enough for scales."""
+    every = known_answers(pairs)
+    known = {prompt: answer for prompt, answer in every.items() if answer is not None}
+    if len(known) >= MIN_PROMPTS:
+        return dict(list(known.items())[:MOST_PROMPTS])
+    return dict(list(every.items())[:SCALE_PROMPTS])
+
+
+def known_answers(pairs: Sequence[TokenizedPair]) -> dict[PromptIds, str | None]:
+    """Each prompt once, with its known answer: the first that a row gives."""
+    found: dict[PromptIds, str | None] = {}
+    for pair in pairs:
+        if found.get(pair.prompt_ids) is None:
+            found[pair.prompt_ids] = pair.answer
+    return found
+
+
 def own_candidates(
     policy: Policy,
     form: TextFormat,
@@ -110,44 +122,92 @@ def candidate_features(candidates: ScoredRollout) -> tuple[np.ndarray, np.ndarra
     return feature_table(candidates.features).reshape(-1, size, len(FEATURES)), valid
 
 
+def correct_answers(candidates: ScoredRollout, truths: Sequence[str | None]) -> np.ndarray:
+    """Which candidates give the known answer of their prompt, [P, G] bool; none where it is not known."""
+    size = candidates.rollout.batch.num_generations
+    answers = candidates.rollout.spans.answers
+    return np.array([
+        [truth is not None and answers_match(answer, truth) for answer in answers[i * size : (i + 1) * size]]
+        for i, truth in enumerate(truths)
+    ])  # fmt: skip
+
+
+def right_and_wrong(
+    candidates: ScoredRollout, prompts: Sequence[PromptIds], truths: Sequence[str | None]
+) -> PairFeatures:
+    """Every pair of a right and a wrong valid candidate of one prompt, as pairs are given: chosen is the right one."""
+    values, valid = candidate_features(candidates)
+    correct = correct_answers(candidates, truths)
+    chosen, rejected, prompt_of = [np.empty((0, len(FEATURES)))], [np.empty((0, len(FEATURES)))], []
+    for prompt, truth, group, ok, right in zip(prompts, truths, values, valid, correct):
+        if truth is None:
+            continue
+        better, worse = group[ok & right], group[ok & ~right]
+        chosen.append(np.repeat(better, len(worse), axis=0))
+        rejected.append(np.tile(worse, (len(better), 1)))
+        prompt_of += [prompt] * (len(better) * len(worse))
+    return PairFeatures(np.concatenate(chosen), np.concatenate(rejected), prompt_of)
+
+
 def calibrate_policy(
     given: PairFeatures,
     candidates: ScoredRollout | None,
+    own: PairFeatures | None = None,
     *,
     features: Sequence[str],
+    fit_to: str = "auto",
     fork_weight: float = 1.0,
     seed: int = 0,
 ) -> PairCalibration:
-    """The score fitted to pairs, with the scales of the policy's own candidates where there are some.
+    """The score that tells better from worse for this policy; scales are those of its candidates where there are some.
+
+    Given pairs say which answer is better, but both are written by someone else. Where their right answers are known,
+    the policy's own candidates of the same prompts show its own mistakes, which is what a score has to find.
+
+    Args:
+        own: `right_and_wrong` of the candidates; None: no answer is known.
+        fit_to: "pairs": the given ones. "candidates": `own`. "auto": `own` where it has at least `MIN_PROMPTS` prompts
+            and the score fitted to it ranks them no worse than the one fitted to the given pairs, both held out.
+
+    Raises:
+        UserError: fit_to is "candidates", and fewer than 2 prompts have right and wrong candidates; or as `calibrate`.
 
     Example:
         given = pair_features(policy, form, pairs, scoring, batch_size=8)
         pool = own_candidates(policy, form, prompts[:16], scoring, sampling, seed=0, batch_size=8)
-        fitted = calibrate_policy(given, pool, features=DEFAULT_FEATURES)
+        fitted = calibrate_policy(given, pool, right_and_wrong(pool, prompts, truths), features=DEFAULT_FEATURES)
     """
     scales = None if candidates is None else candidate_scales(*candidate_features(candidates))
-    return calibrate(
-        given.chosen,
-        given.rejected,
-        given.prompts,
-        features=features,
-        fork_weight=fork_weight,
-        seed=seed,
-        scales=scales,
-    )
+
+    def fit(pairs: PairFeatures, tested: PairFeatures | None = None) -> PairCalibration:
+        return calibrate(
+            pairs.chosen, pairs.rejected, pairs.prompts,
+            features=features, fork_weight=fork_weight, seed=seed, scales=scales, given=tested,
+        )  # fmt: skip
+
+    number = 0 if own is None else len(set(own.prompts))
+    if fit_to == "candidates":
+        if own is None or number < 2:
+            raise UserError(
+                f"calibrate_on: {number} prompts with a known answer have both a right and a wrong candidate, "
+                "expected at least 2; sample more candidates of each, or set calibrate_on: pairs"
+            )
+        return fit(own, given)
+    of_pairs = fit(given)
+    if fit_to == "pairs" or own is None or number < MIN_PROMPTS:
+        return of_pairs
+    of_own = fit(own, given)
+    differences = (own.chosen - own.rejected)[:, feature_columns(features)]
+    margins = (differences * of_pairs.unseen_weights(own.prompts)).sum(1)
+    better = pair_accuracy(of_own.held_out, own.prompts).value >= pair_accuracy(margins, own.prompts).value
+    return of_own if better else of_pairs
 
 
-def candidate_scores(
-    fitted: PairCalibration, given: PairFeatures, prompts: Sequence[PromptIds], candidates: ScoredRollout
-) -> np.ndarray:
-    """The calibrated score of each candidate, [P, G]; of a prompt with pairs, by the score fitted without these."""
+def candidate_scores(fitted: PairCalibration, prompts: Sequence[PromptIds], candidates: ScoredRollout) -> np.ndarray:
+    """The calibrated score of each candidate, [P, G]; of a prompt it was fitted on, by the score fitted without it."""
     values, _ = candidate_features(candidates)
-    names, weights = fitted.linear
-    row_of = {prompt: row for row, prompt in enumerate(given.prompts)}
-    return np.stack([
-        linear_score(group, names, fitted.held_out_weights[row_of[prompt]] if prompt in row_of else weights)
-        for prompt, group in zip(prompts, values)
-    ])  # fmt: skip
+    weights = fitted.unseen_weights(prompts)
+    return np.stack([linear_score(group, fitted.features, own) for group, own in zip(values, weights)])
 
 
 def measure_samples(
@@ -165,7 +225,7 @@ def measure_samples(
     values, valid = candidate_features(candidates)
     size = values.shape[1]
     answers = [candidates.rollout.spans.answers[i * size : (i + 1) * size] for i in known]
-    correct = np.array([[answers_match(a, truths[i]) for a in row] for i, row in zip(known, answers)])
+    correct = correct_answers(candidates, truths)[known]
     every = plain_scores(values[known], fork_weight) | {CALIBRATED: scores[known]}
     samples = evaluate_samples(every, correct, answers, valid[known], seed=seed)
     return samples, fit_platt(scores[known], correct, valid[known])

@@ -41,7 +41,7 @@ def accuracy_table(score: Score) -> Table:
 def weight_table(score: Score) -> Table:
     """Weights of the standardised features. A positive weight: more of it is better."""
     table = _table(
-        f"The calibrated score (l2 {score.l2:g}, scales from {score.scales_from})",
+        f"The calibrated score (fitted to {score.fitted_to}, l2 {score.l2:g}, scales from {score.scales_from})",
         "feature",
         "weight",
         "95 % interval",

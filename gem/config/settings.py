@@ -24,7 +24,7 @@ SYSTEM_PROMPT = (
 DIRECT_SYSTEM_PROMPT = "Give no reasoning. Reply with 'Final Answer: ' followed by the answer alone."
 
 # Features that a calibrated score is made of: more of them overfit at 16 pairs; the entropies alone say little.
-SCORE_FEATURES = ("final_entropy", "fork_entropy", "mean_logprob")
+SCORE_FEATURES = ("final_entropy", "fork_entropy", "mean_entropy", "mean_logprob")
 
 # Settings that several sections need.
 Seed = Annotated[int, setting(0, "of data order, split and sampling", ge=0, le=2**32 - 1)]
@@ -204,8 +204,12 @@ class CalibrationSettings(Section):
     score_features: tuple[str, ...] = setting(SCORE_FEATURES, "calibrated: the features that the score is made of")
     calibration_pairs: int = setting(48, "at most so many pairs of train_file, drawn by the seed", ge=2)
     calibration_generations: int = setting(
-        4, "calibrated: candidates of each of 16 prompts, for the scales of features; 0: scales of the pairs", ge=0
+        4, "calibrated: candidates of each prompt with a known answer, else of 16, for fit and scales; 0: none", ge=0
     )
+    calibrate_on: Literal["auto", "pairs", "candidates"] = setting(
+        "auto", "calibrated: fitted to the given pairs; to right and wrong candidates of their prompts; or, auto, to "
+        "what ranks these better"
+    )  # fmt: skip
     recalibrate_steps: int = setting(0, "calibrated: fitted again every so many steps of the objective; 0: once", ge=0)
     gate: Literal["stop", "warn", "off"] = setting(
         "warn", "of a score that the pairs do not show to be informative: the run ends after SFT, or a line says so"
@@ -217,6 +221,8 @@ class CalibrationSettings(Section):
         self.refuse_empty("score", "score_features")
         if self.calibration_generations == 1:
             raise UserError("config: calibration_generations: expected 0, or at least 2 to compare, got 1")
+        if self.calibrate_on == "candidates" and not self.calibration_generations:
+            raise UserError("config: calibrate_on: candidates needs calibration_generations of at least 2, got 0")
         if len(set(self.score_features)) < len(self.score_features):
             raise UserError(f"config: score_features: a name is given twice in {', '.join(self.score_features)}")
         if self.recalibrate_steps and self.score != "calibrated":
@@ -313,6 +319,9 @@ class EvaluationSettings(Section):
 
     eval_batch_size: int = setting(8, "prompts per forward or generate batch", section="Evaluation", ge=1)
     eval_steps: int = setting(0, "evaluate every so many steps as well; 0: before and after each stage only", ge=0)
+    eval_on_start: bool = setting(
+        True, "answers are sampled before the first stage too; false: only pairs are measured"
+    )
     preference_reduction: Literal["sum", "mean"] = setting(
         "sum", "implicit reward: the answer's log-prob, or per token"
     )

@@ -72,6 +72,10 @@ class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
 
     num_generations: int = setting(4, "candidates of a prompt, for scales and tests; 0: none", ge=0)
     score_features: tuple[str, ...] = setting(SCORE_FEATURES, "the features that the score is made of")
+    calibrate_on: Literal["auto", "pairs", "candidates"] = setting(
+        "auto",
+        "pairs: the given ones; candidates: right and wrong ones of their prompts; auto: these where informative",
+    )
     duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("train", "of a dataset; a file has none")
     batch_size: int = setting(8, "prompts per batch", ge=1)

@@ -39,6 +39,7 @@ SETTINGS = {
     "eval_batch_size": 8,
     "eval_generate": 0,
     "eval_sample": 16,
+    "eval_on_start": False,  # the model as it came answers without end: a minute to learn that it is wrong
     # A checkpoint after each stage (1.6 GB; the older goes), and a table of samples.
     "save_steps": 12,
     "save_total_limit": 1,

@@ -190,6 +190,7 @@ def calibration(name: str, score: dict[str, Any]) -> dict[str, Any]:
     answers = {words[k]: v for k, v in outcomes.items()} | {f"best by {k}": v for k, v in best.items()}
     facts = [
         ("model", score.get("model")),
+        ("fitted to", score.get("fitted_to")),
         ("pairs", score.get("num_pairs")),
         ("prompts", score.get("num_prompts")),
         ("ridge strength (l2)", number(finite(score.get("l2"))) if finite(score.get("l2")) is not None else None),

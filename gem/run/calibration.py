@@ -14,15 +14,18 @@ import numpy as np
 import torch
 
 from gem.calibration.features import CALIBRATED, linear_score
-from gem.calibration.fit import fixed_score_verdict, pair_accuracy
+from gem.calibration.fit import PairFeatures, fixed_score_verdict, pair_accuracy
 from gem.calibration.measure import (
     SCALE_PROMPTS,
-    PairFeatures,
+    PromptIds,
     calibrate_policy,
     candidate_features,
+    known_answers,
     own_candidates,
     pair_features,
     pairs_hash,
+    prompts_to_sample,
+    right_and_wrong,
 )
 from gem.calibration.score_file import Score, Verdict, write_score
 from gem.config.settings import TrainConfig
@@ -60,7 +63,7 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
             stage.linear = LinearScore(score.weights, score.scales)
             accuracy, verdict = score.pair_accuracy[CALIBRATED], score.verdict
             row |= {"weights": score.weights, "weight_intervals": score.weight_intervals, "scales": score.scales}
-            row |= {"l2": score.l2, "scales_from": score.scales_from}
+            row |= {"l2": score.l2, "scales_from": score.scales_from, "fitted_to": score.fitted_to}
             write_scores(session, state, score)
         else:
             found, verdict = fixed_score_verdict(
@@ -115,16 +118,21 @@ def gate_is_open(stage: Stage, state: RunState, row: dict[str, Any] | None) -> b
 def fit_score(stage: Stage, state: RunState, given: PairFeatures, pairs: list[TokenizedPair]) -> Score:
     """The score that the pairs ask for under the policy as it is now."""
     config = stage.config
-    candidates = scale_candidates(stage, state, given)
+    prompts = prompts_to_sample(pairs)
+    if config.calibrate_on == "pairs":
+        prompts = dict(list(known_answers(pairs).items())[:SCALE_PROMPTS])
+    candidates = calibration_candidates(stage, state, list(prompts))
+    own = None if candidates is None else right_and_wrong(candidates, list(prompts), list(prompts.values()))
     fitted = calibrate_policy(
-        given, candidates, features=config.score_features, fork_weight=config.fork_weight, seed=config.seed
-    )
+        given, candidates, own, features=config.score_features, fit_to=config.calibrate_on,
+        fork_weight=config.fork_weight, seed=config.seed,
+    )  # fmt: skip
     name = f"{stage.session.run_dir.name}, after {state.total_steps} steps"
     return fitted.score(model=name, pairs_hash=pairs_hash(pairs), top_m=config.top_m)
 
 
-def scale_candidates(stage: Stage, state: RunState, given: PairFeatures) -> ScoredRollout | None:
-    """Candidates for the scales; None where none are asked for, or no prompt has two that count."""
+def calibration_candidates(stage: Stage, state: RunState, prompts: list[PromptIds]) -> ScoredRollout | None:
+    """The policy's own candidates; None where none are asked for, or no prompt has two that count."""
     session, config = stage.session, stage.config
     if not config.calibration_generations:
         return None
@@ -133,7 +141,7 @@ def scale_candidates(stage: Stage, state: RunState, given: PairFeatures) -> Scor
     found = own_candidates(
         session.policy,
         session.form,
-        list(dict.fromkeys(given.prompts))[:SCALE_PROMPTS],
+        prompts,
         stage.scoring,
         config.changed(num_generations=config.calibration_generations),
         seed=config.seed + 1,

@@ -25,6 +25,7 @@ def calibrate_data(
         split=settings.split,
         eval_file=held_out,
         features=settings.score_features,
+        fit_to=settings.calibrate_on,
         sample=settings.num_generations,
         rows=settings,
         sampling=Sampling(**{**sampling, "num_generations": max(1, settings.num_generations)}),

@@ -22,9 +22,7 @@ import trl.trainer.utils
 from torch import Tensor
 
 from .. import arguments
-from ..backends.types import RowGradients
-from ..linear.head import LinearArguments, check_head, token_rows
-from ..linear.products import statistics, statistics_backward
+from ..linear.stats import linear_token_stats
 from ..logit_stats import token_stats
 from .swap import Ours, Swap, check_parameters
 
@@ -53,9 +51,8 @@ def use_gem_kernels() -> Swap:
         the helpers: several indices a row, rows that do not lie side by side in memory, the same dtypes and devices.
 
     Dtypes: the head's products run in autocast's dtype where it is on, else in that of the hidden states, as TRL's do;
-    the gradients are made in float32 and rounded to the dtype of what they belong to. The weight is converted whole,
-    for the length of the call, where its dtype is another. The helpers return float32, where TRL's on a CPU return the
-    dtype of the logits.
+    the gradients come in the dtype of what they belong to (`compute_dtype` of `linear_token_stats`). The helpers return
+    float32, where TRL's on a CPU return the dtype of the logits.
 
     Returns:
         A Swap: leaving its `with` block, or `.undo()`, puts TRL's own back. A second one within the first does nothing.
@@ -108,52 +105,14 @@ def head(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if dtype not in arguments.LOGIT_DTYPES:
         return None
-    options = (temperature, final_logit_softcapping, logit_scale)
-    log_probs, entropy = _head(hidden, weight, bias, targets, dtype, options)
+    stats = linear_token_stats(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=final_logit_softcapping,
+        logit_scale=logit_scale, ignore_index=IGNORED, compute_dtype=dtype,
+    )  # fmt: skip
     means = (
         _mean_logits(*(x.detach().to(dtype) for x in tensors)) * (logit_scale / temperature) if mean_logits else None
     )
-    return log_probs, entropy if "entropy" in outputs else None, None, means, None
-
-
-@arguments.not_compiled
-def _head(*args: Any) -> Any:
-    return _Head.apply(*args)
-
-
-class _Head(torch.autograd.Function):
-    """`linear_token_stats` in a dtype that need not be the inputs' own."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, options):
-        rows, parameters = _rows(hidden, weight, bias, targets, dtype, options)
-        stats = statistics(rows, parameters)
-        ctx.save_for_backward(hidden, weight, bias, targets, *stats[1:])
-        ctx.dtype, ctx.options = dtype, options
-        return tuple(rows.spread(x) for x in (stats.logprobs, stats.entropy))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, bias, targets, *stats = ctx.saved_tensors
-        rows, parameters = _rows(hidden, weight, bias, targets, ctx.dtype, ctx.options)
-        upstream = (rows.gather(g) for g in (grad_logprobs, grad_entropy))
-        needs = tuple(ctx.needs_input_grad[:3])
-        same = {x.dtype for x in (hidden, weight, bias) if x is not None} == {ctx.dtype}
-        vectors = RowGradients(*stats, *upstream)
-        (of_hidden, *others), _ = statistics_backward(rows, parameters, vectors, needs, None if same else torch.float32)
-        grads = [None if of_hidden is None else rows.spread(of_hidden), *others]
-        return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias))), None, None, None
-
-
-def _rows(hidden, weight, bias, targets, dtype, options):
-    temperature, softcap, logit_scale = options
-    hidden, weight, bias = (None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias))
-    given = LinearArguments(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, IGNORED, None, None, None, "auto", None
-    )
-    parameters, row_options = check_head(given)
-    return token_rows(hidden, targets, parameters, row_options), parameters
+    return stats.logprobs, stats.entropy if "entropy" in outputs else None, None, means, None
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -91,8 +91,17 @@ def _mm(x: Tensor, y: Tensor) -> Tensor:
 class ActiveProducts:
     """Of one call: dHidden and dWeight of its chunks, and the report. What each chunk adds is `backward`."""
 
-    def __init__(self, weight: Tensor, n_rows: int, threshold: float, needs: tuple[bool, bool], workspace_bytes: int):
-        self.weight, self.threshold, self.workspace_bytes = weight, threshold, workspace_bytes
+    def __init__(
+        self,
+        weight: Tensor,
+        n_rows: int,
+        threshold: float,
+        needs: tuple[bool, bool],
+        workspace_bytes: int,
+        dtype: torch.dtype,
+    ):
+        """dtype: what the weight is rounded to before a product."""
+        self.weight, self.threshold, self.workspace_bytes, self.dtype = weight, threshold, workspace_bytes, dtype
         self.needs_hidden, self.needs_weight = needs
         (V, D), device = weight.shape, weight.device
         # A generator of its own: results repeat, and the caller's random state is left alone.
@@ -150,13 +159,13 @@ class ActiveProducts:
         for part in index.split(max(1, self.workspace_bytes // (8 * max(n, D)))):
             columns = gradient.index_select(1, part)
             if self.needs_hidden:
-                total += _mm(columns, self.weight[part])
+                total += _mm(columns, self.weight[part].to(self.dtype))
             if self.needs_weight:
                 grad_weight.index_add_(0, part, self._unscaled(_mm(columns.t(), hidden)))
 
     def _tail(self, gradient: Tensor, hidden: Tensor, index: Tensor, total: Any, grad_weight: Any) -> None:
         if self.directions is not None:
-            self.sketch = self._to_words(self.directions.t(), self.weight.t())
+            self.sketch = self._to_words(self.directions.t(), self.weight.t(), self.dtype)
             self.sketch[0], self.directions = 1.0, None
         basis = torch.linalg.qr(self._over_words(gradient, self.sketch.index_fill(1, index, 0.0).t()))[0]
         n, k = basis.shape
@@ -167,7 +176,7 @@ class ActiveProducts:
         projected = dropped[:k]
         self.chunks += 1
         if self.needs_hidden:
-            embedded = self._over_words(dropped[: k + PROBES], self.weight)
+            embedded = self._over_words(dropped[: k + PROBES], self.weight, self.dtype)
             total.addmm_(basis, embedded[:k])
             left_out = torch.addmm(embedded[k:], signs.t() @ basis, embedded[:k], alpha=-1)
             self.hidden_error += self._unscaled(left_out).square().sum() / PROBES
@@ -197,22 +206,24 @@ class ActiveProducts:
         device = self.weight.device
         return Report(torch.tensor(share, dtype=torch.float32, device=device), of_hidden, of_weight)
 
-    # Products in float32. What a CPU must convert first it converts a slice of the vocabulary at a time.
+    # Products in float32. What must be converted first is, a slice of the vocabulary at a time. dtype: of y, to start.
 
-    def _to_words(self, x: Tensor, y: Tensor) -> Tensor:
+    def _to_words(self, x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[few, m] @ [m, V]."""
-        if arguments.on_gpu(y) or y.dtype == torch.float32:
+        dtype = dtype or y.dtype
+        if dtype == y.dtype and (arguments.on_gpu(y) or y.dtype == torch.float32):
             return _mm(x, y)
-        return torch.cat([_mm(x, part) for part in y.split(self._slice(y.shape[0]), 1)], 1)
+        return torch.cat([_mm(x, part.to(dtype)) for part in y.split(self._slice(y.shape[0]), 1)], 1)
 
-    def _over_words(self, x: Tensor, y: Tensor) -> Tensor:
+    def _over_words(self, x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[m, V] @ [V, l], one of m and l few."""
-        if arguments.on_gpu(x) or x.dtype == y.dtype == torch.float32:
+        dtype = dtype or y.dtype
+        if dtype == y.dtype and (arguments.on_gpu(x) or x.dtype == y.dtype == torch.float32):
             return _mm(x, y)
         total = torch.zeros(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
         size = self._slice(max(x.shape[0], y.shape[1]))
         for part, of_y in zip(x.split(size, 1), y.split(size)):
-            total += _mm(part, of_y)
+            total += _mm(part, of_y.to(dtype))
         return total
 
     def _slice(self, width: int) -> int:

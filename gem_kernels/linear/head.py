@@ -21,6 +21,8 @@ TILE_ROWS = 256
 ALIGNED = 8
 # A CPU's products lose nothing at 300 rows a chunk, and the workspace counts beside a small model's own memory.
 WORKSPACE_BYTES_CPU = 64 * 2**20
+# Device types on which autocast is asked for.
+AUTOCAST = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class LinearArguments:
     backend: Any
     active_vocab: Any = None
     rows: Any = None
+    compute_dtype: Any = None
+    """As `products_dtype` found it."""
+
+
+def products_dtype(hidden: Any, compute_dtype: Any) -> Any:
+    """`compute_dtype`; where that is None, autocast's dtype if autocast is on for the device of `hidden`, else None."""
+    if compute_dtype is not None or not isinstance(hidden, Tensor) or hidden.device.type not in AUTOCAST:
+        return compute_dtype
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class HeadParameters:
     weight: Tensor
     """[V, D]"""
     bias: Tensor | None
+    compute_dtype: torch.dtype
+    """Of the operands of the products. hidden, weight and bias, and their gradients, may have others."""
     logits_dtype: torch.dtype
     workspace_bytes: int
     shards: vocab_parallel.Shards | None = None
@@ -66,7 +80,7 @@ class HeadParameters:
     @property
     def gradient_dtype(self) -> torch.dtype:
         """Of dL/dlogits, an operand of the backward products: a GPU multiplies 16-bit numbers, a CPU what it has."""
-        return self.weight.dtype if arguments.on_gpu(self.weight) else self.logits_dtype
+        return self.compute_dtype if arguments.on_gpu(self.weight) else self.logits_dtype
 
     @property
     def rows_per_chunk(self) -> int:
@@ -141,12 +155,14 @@ class TokenRows:
     kept_on_host: Tensor | None
     """The same, where group bounds are looked up in them."""
     total: int
+    dtype: torch.dtype
+    """Of a chunk's hidden states: `compute_dtype`."""
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     def chunk(self, begin: int, end: int) -> Chunk:
-        hidden, targets = self.hidden[begin:end], self.targets[begin:end]
+        hidden, targets = self.hidden[begin:end].to(self.dtype), self.targets[begin:end]
         if arguments.on_gpu(hidden):
             # Ignored rows are still here; whatever they hold must not reach dWeight as 0 * NaN.
             hidden = hidden.masked_fill((targets == self.options.ignore_index)[:, None], 0.0)
@@ -178,7 +194,7 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     if sharded:
         hidden = given.hidden
         needs_hidden = hidden.requires_grad and torch.is_grad_enabled()
-        dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.logits_dtype))
+        dtypes = (arguments.LOGIT_DTYPES.index(x) for x in (hidden.dtype, head.compute_dtype, head.logits_dtype))
         needs_head = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (given.weight, given.bias)
         )
@@ -212,7 +228,13 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     arguments.check_tensor("hidden", hidden, dtypes=arguments.LOGIT_DTYPES)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         arguments.fail("hidden", "of shape [..., D] with D at least 1", tuple(hidden.shape))
-    arguments.check_tensor("weight", weight, dtypes=(hidden.dtype,), device=hidden.device)
+    compute_dtype = hidden.dtype if given.compute_dtype is None else given.compute_dtype
+    if compute_dtype not in arguments.LOGIT_DTYPES:
+        arguments.fail("compute_dtype", f"None or {' or '.join(map(str, arguments.LOGIT_DTYPES))}", compute_dtype)
+    for name, x in (("weight", weight), ("bias", weight if bias is None else bias)):
+        arguments.check_tensor(name, x, dtypes=arguments.LOGIT_DTYPES, device=hidden.device)
+        if given.compute_dtype is None and x.dtype != hidden.dtype:
+            arguments.fail(name, f"of the dtype of `hidden`, {hidden.dtype}, where no compute_dtype is given", x.dtype)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         arguments.fail("weight", f"of shape [V, {hidden.shape[-1]}]", tuple(weight.shape))
     arguments.check_tensor("targets", targets, dtypes=(torch.int64, torch.int32), device=hidden.device)
@@ -221,14 +243,14 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
             "targets", f"of shape {tuple(hidden.shape[:-1])}, `hidden` less its last axis", tuple(targets.shape)
         )
     if bias is not None:
-        arguments.check_tensor("bias", bias, shape=weight.shape[:1], dtypes=(weight.dtype,), device=hidden.device)
+        arguments.check_tensor("bias", bias, shape=weight.shape[:1])
     arguments.check_number("logit_scale", given.logit_scale, above=0.0)
     softcap = arguments.check_softcap(given.softcap)
     number, temperatures = arguments.check_temperature(given.temperature, targets.shape, hidden.device)
     arguments.check_ignore_index(given.ignore_index, targets)
-    logits_dtype = hidden.dtype if given.logits_dtype is None else given.logits_dtype
-    if logits_dtype not in (hidden.dtype, torch.float32):
-        arguments.fail("logits_dtype", f"{hidden.dtype} or torch.float32", logits_dtype)
+    logits_dtype = compute_dtype if given.logits_dtype is None else given.logits_dtype
+    if logits_dtype not in (compute_dtype, torch.float32):
+        arguments.fail("logits_dtype", f"{compute_dtype} or torch.float32", logits_dtype)
     workspace_bytes, tile_rows = given.workspace_bytes, 1
     if workspace_bytes is None:
         workspace_bytes = WORKSPACE_BYTES_CPU
@@ -238,7 +260,7 @@ def _check_own(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
     _check_rows(given.rows, targets.numel())
     backend = arguments.check_backend(given.backend, hidden.device)
     bias = None if bias is None else bias.detach()
-    head = HeadParameters(weight.detach(), bias, logits_dtype, workspace_bytes, tile_rows=tile_rows)
+    head = HeadParameters(weight.detach(), bias, compute_dtype, logits_dtype, workspace_bytes, tile_rows=tile_rows)
     return head, RowOptions(number, temperatures, softcap, given.ignore_index, backend)
 
 
@@ -278,4 +300,4 @@ def token_rows(
         kept = None if len(known) == total else arguments.to_device(known, hidden.device)
     if kept is not None:
         hidden, targets, options = hidden[kept], targets[kept], options.of(kept)
-    return TokenRows(hidden, targets.contiguous(), options, kept, known, total)
+    return TokenRows(hidden, targets.contiguous(), options, kept, known, total, head.compute_dtype)

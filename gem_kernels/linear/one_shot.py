@@ -33,7 +33,7 @@ class OneShot:
 
     def __init__(self, rows: TokenRows, head: HeadParameters, needs: tuple[bool, bool, bool]):
         self.rows, self.head, self.needs = rows, head, needs
-        self.products = Products(head, len(rows), needs, held_dtype(head.weight.dtype))
+        self.products = Products(head, len(rows), needs, held=True)
         self.norms = torch.empty(2, len(rows), dtype=torch.float32, device=rows.hidden.device)
         """row_max and log_sum"""
         self.logits: Any = None
@@ -127,7 +127,8 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, loss, gradients):
-        ctx.gradients, ctx.dtype = gradients, hidden.dtype
+        ctx.gradients = gradients
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
 
     @staticmethod
@@ -136,7 +137,8 @@ class _Precomputed(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a fused linear loss are used up by its first backward; call it again")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else _scale(g, upstream).to(ctx.dtype) for g in gradients), None, None)
+        scaled = (None if g is None else _scale(g, upstream).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        return (*scaled, None, None)
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from .sega import SegaArguments, sega
 # numbers: temperature, softcap, logit_scale, and of linear_sega fork_weight, eps, top_m, denominator.
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures, Tensor numbers, "
-    "bool has_softcap, SymInt ignore_index, ScalarType? logits_dtype, SymInt? workspace_bytes, str backend"
+    "bool has_softcap, SymInt ignore_index, ScalarType? logits_dtype, SymInt? workspace_bytes, str backend, "
+    "ScalarType? compute_dtype"
 )
 N_HEAD = HEAD.count(",") + 1
 
@@ -49,17 +50,20 @@ def _flat(given: LinearArguments, *more: Any) -> tuple:
     return (
         given.hidden, given.weight, given.targets, given.bias, tau if isinstance(tau, Tensor) else None, numbers,
         given.softcap is not None, given.ignore_index, given.logits_dtype, given.workspace_bytes, given.backend,
+        given.compute_dtype,
     )  # fmt: skip
 
 
 def _given(flat: tuple, rows: Any = None) -> tuple[LinearArguments, list[float]]:
     """Back from `_flat`; and the numbers."""
-    hidden, weight, targets, bias, temperatures, numbers, has_softcap, ignore_index, dtype, workspace, backend = flat
+    (hidden, weight, targets, bias, temperatures, numbers, has_softcap, ignore_index, dtype, workspace, backend,
+     compute_dtype) = flat  # fmt: skip
     found = numbers.tolist()
     tau, softcap = found[0] if temperatures is None else temperatures, found[1] if has_softcap else None
     given = LinearArguments(
-        hidden, weight, targets, bias, tau, softcap, found[2], ignore_index, dtype, workspace, None, backend, None, rows
-    )
+        hidden, weight, targets, bias, tau, softcap, found[2], ignore_index, dtype, workspace, None, backend, None,
+        rows, compute_dtype,
+    )  # fmt: skip
     return given, found
 
 
@@ -70,11 +74,11 @@ def _or_empty(x: Any, like: Tensor) -> Tensor:
 
 def _fake_gradients(flat: tuple, needs: tuple, held: bool) -> tuple:
     """Of hidden, weight and bias."""
-    dtype = held_dtype(flat[0].dtype) if held else flat[0].dtype
-    return tuple(
-        torch.empty(x.shape if wanted else (0,), dtype=dtype, device=flat[0].device)
-        for x, wanted in zip((flat[0], flat[1], flat[3]), needs)
-    )
+    found = []
+    for x, wanted in zip((flat[0], flat[1], flat[3]), needs):
+        shape, dtype = (x.shape, held_dtype(x.dtype) if held else x.dtype) if wanted else ((0,), flat[0].dtype)
+        found.append(torch.empty(shape, dtype=dtype, device=flat[0].device))
+    return tuple(found)
 
 
 # Log-probs and entropies.
@@ -201,14 +205,15 @@ def _(*flat):
 
 def _setup_sega(ctx, inputs, output):
     ctx.save_for_backward(*output[8:])
-    ctx.needs, ctx.dtype, ctx.count = inputs[-1], inputs[0].dtype, len(inputs)
+    ctx.needs, ctx.count = inputs[-1], len(inputs)
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 3)]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_sega(ctx, upstream, *_):
     grads = [
-        (g * upstream.reshape([1] * g.dim())).to(ctx.dtype) if wanted else None
-        for g, wanted in zip(ctx.saved_tensors, ctx.needs)
+        (g * upstream.reshape([1] * g.dim())).to(dtype) if wanted else None
+        for g, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)
     ]
     return grads[0], grads[1], None, grads[2], *[None] * (ctx.count - 4)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arguments
 from ..types import PolicyLossOutput, VocabParallel
 from . import operators
-from .head import LinearArguments, TokenRows, check_head, token_rows
+from .head import LinearArguments, TokenRows, check_head, products_dtype, token_rows
 from .one_shot import OneShot, attach, needs_of, reported, spread
 
 
@@ -32,6 +32,7 @@ def fused_linear_policy_loss(
     active_vocab: float | None = None,
     backend: str = "auto",
     rows: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> PolicyLossOutput:
     """Any loss that is a sum over tokens of a function of (logprob, entropy), from hidden states, in one shot.
 
@@ -43,8 +44,8 @@ def fused_linear_policy_loss(
     form.
 
     Args:
-        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These, `rows` and the options:
-            `linear_token_stats`.
+        hidden: [..., D]; weight [V, D]; bias [V] or None; targets [...]. These, `rows` and the options
+            (`compute_dtype` too): `linear_token_stats`.
         token_loss: (logprobs [n], entropy [n], **inputs [n, ...]) -> scalar, for any run of n tokens. It must be a sum
             over tokens (divide by totals known beforehand, not by n), since it is called once a chunk. It gives a
             gradient to its first two arguments alone. On the CPU it does not see ignored tokens; on a GPU it sees those
@@ -73,7 +74,7 @@ def fused_linear_policy_loss(
     """
     given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        vocab_parallel, backend, active_vocab, rows,
+        vocab_parallel, backend, active_vocab, rows, products_dtype(hidden, compute_dtype),
     )  # fmt: skip
     if operators.usable(given):
         return _compiled(given, token_loss, token_inputs or {})

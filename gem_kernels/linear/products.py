@@ -62,12 +62,18 @@ class Products:
 
     Gradients of weight and bias gather in float32 over all chunks; where all rows are one chunk, that of weight is
     written once, in its own dtype. A gradient that nobody needs costs neither memory nor a product. Temporaries stay
-    under the workspace: what must be converted is, a slice of the vocabulary at a time. dtype: of the gradients of
-    weight and bias; None: that of weight.
+    under the workspace: what must be converted is, a slice of the vocabulary at a time; a weight that is not of
+    `compute_dtype` whole, once, where the copy is no larger than the workspace. held: the gradients of weight and bias
+    wait for an upstream scalar (`held_dtype`).
     """
 
-    def __init__(self, head: HeadParameters, n_rows: int, needs: tuple[bool, bool, bool], dtype: Any = None):
-        self.head = head
+    def __init__(self, head: HeadParameters, n_rows: int, needs: tuple[bool, bool, bool], held: bool = False):
+        self.head, self.weight = head, head.weight
+        self.bias = None if head.bias is None else head.bias.to(head.compute_dtype)
+        if self.weight.numel() * head.compute_dtype.itemsize <= head.workspace_bytes:
+            self.weight = self.weight.to(head.compute_dtype)
+        self.converts = self.weight.dtype != head.compute_dtype
+        """A slice at a time, for each product."""
         self.V, self.D = head.weight.shape
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
         device, one_chunk = head.weight.device, n_rows <= head.rows_per_chunk
@@ -76,37 +82,48 @@ class Products:
         self.gradient_workspace: Any = self.workspace
         if any(needs) and head.gradient_dtype != head.logits_dtype:
             self.gradient_workspace = head.workspace(n_rows, head.gradient_dtype)
-        self.dtype = dtype or head.weight.dtype
+        dtypes = (x.dtype for x in (head.weight, head.weight if head.bias is None else head.bias))
+        self.weight_dtype, self.bias_dtype = (held_dtype(x) if held else x for x in dtypes)
         self.grad_bias: Any = torch.zeros(self.V, dtype=torch.float32, device=device) if self.needs_bias else None
-        self.slice = max(1, min(self.V, head.workspace_bytes // (4 * max(self.D, n_rows))))
+        bytes_per_number = 8 if self.converts else 4
+        self.slice = max(1, min(self.V, head.workspace_bytes // (bytes_per_number * max(self.D, n_rows))))
         self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
         self.active = None
         if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
-            self.active = ActiveProducts(head.weight, n_rows, head.active_vocab, needs[:2], head.workspace_bytes)
+            more = (head.workspace_bytes, head.compute_dtype)
+            self.active = ActiveProducts(self.weight, n_rows, head.active_vocab, needs[:2], *more)
         self.grad_weight: Any = None
         """[V, D] where it is needed. The first chunk writes it, the others add."""
         self.written = n_rows == 0 or self.active is not None
         if self.needs_weight:
             make = torch.zeros if self.written else torch.empty
-            dtype = self.dtype if one_chunk and not self.written else torch.float32
+            dtype = self.weight_dtype
+            # A GPU's product gives the dtype of its operands, or float32.
+            made = not arguments.on_gpu(head.weight) or dtype in (head.gradient_dtype, torch.float32)
+            if not (one_chunk and made) or self.written:
+                dtype = torch.float32
             self.grad_weight = make(self.V, self.D, dtype=dtype, device=device)
 
     def _slices(self) -> Iterator[tuple[int, int]]:
         return ((v, min(v + self.slice, self.V)) for v in range(0, self.V, self.slice))
 
+    def _words(self, v: int, w: int) -> Tensor:
+        """Rows [v, w) of the weight, in the dtype of the products."""
+        return self.weight[v:w].to(self.head.compute_dtype)
+
     @_without_autocast
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V], in the workspace."""
         head, out = self.head, self.workspace[: hidden.shape[0]]
-        if hidden.dtype == head.logits_dtype:
-            torch.mm(hidden, head.weight.t(), out=out)
-        elif arguments.on_gpu(hidden):
-            torch.mm(hidden, head.weight.t(), out_dtype=head.logits_dtype, out=out)
+        gpu, same = arguments.on_gpu(hidden), hidden.dtype == head.logits_dtype
+        more: Any = {} if same or not gpu else {"out_dtype": head.logits_dtype}
+        if not self.converts and (same or gpu):
+            torch.mm(hidden, self.weight.t(), out=out, **more)
         else:
-            hidden = hidden.float()
+            hidden = hidden if gpu else hidden.to(head.logits_dtype)
             for v, w in self._slices():
-                torch.mm(hidden, head.weight[v:w].float().t(), out=out[:, v:w])
-        return out if head.bias is None else out.add_(head.bias)
+                torch.mm(hidden, self._words(v, w).to(hidden.dtype).t(), out=out[:, v:w], **more)
+        return out if self.bias is None else out.add_(self.bias)
 
     def gradient(self, rows: int) -> Tensor:
         """Where dL/dlogits of a chunk is written: over its logits, unless the products want another dtype."""
@@ -132,21 +149,26 @@ class Products:
             self.grad_bias += total if unscale is None else total * unscale
 
     def _hidden(self, gradient: Tensor, out: Tensor, unscale: Any) -> None:
-        weight, total, gpu = self.head.weight, out, arguments.on_gpu(gradient)
+        weight, total, gpu = self.weight, out, arguments.on_gpu(gradient)
+        dtypes = {gradient.dtype, self.head.compute_dtype, out.dtype}
         if not gpu and gradient.shape[0] < FEW_ROWS:
             total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v in range(0, self.V, FEW_ROWS_SLICE):
-                total += gradient[:, v : v + FEW_ROWS_SLICE].float() @ weight[v : v + FEW_ROWS_SLICE].float()
-        elif gradient.dtype == weight.dtype == out.dtype and (self.reduction is None or out.dtype == torch.float32):
+                w = v + FEW_ROWS_SLICE
+                total += gradient[:, v:w].float() @ self._words(v, w).float()
+        elif not self.converts and len(dtypes) == 1 and (self.reduction is None or out.dtype == torch.float32):
             torch.mm(gradient, weight, out=out)
-        elif gpu and out.dtype == torch.float32:
+        elif not self.converts and gpu and out.dtype == torch.float32:
             torch.mm(gradient, weight, out_dtype=torch.float32, out=out)
-        elif gpu:
+        elif not self.converts and gpu:
             total = torch.mm(gradient, weight, out_dtype=torch.float32)
         else:
             total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
             for v, w in self._slices():
-                total.addmm_(gradient[:, v:w].float(), weight[v:w].float())
+                if gpu:
+                    total += torch.mm(gradient[:, v:w], self._words(v, w), out_dtype=torch.float32)
+                else:
+                    total.addmm_(gradient[:, v:w].float(), self._words(v, w).float())
         if unscale is not None:
             total *= unscale
         if self.reduction is not None:
@@ -211,8 +233,8 @@ class Products:
         self.workspace = self.gradient_workspace = None
         if self.active is not None:
             self.active.add_pending(self.grad_weight)
-        weight, bias = (None if g is None else g.to(self.dtype) for g in (self.grad_weight, self.grad_bias))
-        return weight, bias
+        weight = None if self.grad_weight is None else self.grad_weight.to(self.weight_dtype)
+        return weight, None if self.grad_bias is None else self.grad_bias.to(self.bias_dtype)
 
 
 def row_weights(a: Tensor, b: Tensor, tau: float | Tensor) -> Tensor:
@@ -241,15 +263,13 @@ def statistics_backward(
     head: HeadParameters,
     vectors: RowGradients,
     needs: tuple[bool, bool, bool],
-    dtype: torch.dtype | None = None,
 ) -> tuple[Gradients, Report | None]:
     """(dL/dhidden, dL/dweight, dL/dbias), None where not needed; and the report of the active vocabulary, or None.
 
-    The logits are made again: 1 product, and one for each gradient of hidden and weight. dtype: of the gradients; None:
-    that of the inputs.
+    The logits are made again: 1 product, and one for each gradient of hidden and weight.
     """
-    products = Products(head, len(rows), needs, dtype)
-    grad_hidden = torch.empty_like(rows.hidden, dtype=dtype) if needs[0] else None
+    products = Products(head, len(rows), needs)
+    grad_hidden = torch.empty_like(rows.hidden) if needs[0] else None
     for begin in range(0, len(rows), head.rows_per_chunk):
         end = min(begin + head.rows_per_chunk, len(rows))
         chunk = rows.chunk(begin, end)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import arguments
 from ..types import LinearScore, SegaOutput, VocabParallel
 from . import operators
-from .head import LinearArguments
+from .head import LinearArguments, products_dtype
 from .one_shot import attach, needs_of
 from .sega import SegaArguments, sega
 
@@ -47,6 +47,7 @@ def fused_linear_sega_loss(
     backend: str = "auto",
     score: LinearScore | None = None,
     group_ids: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> SegaOutput:
     """`sega_loss` from hidden states: the logits never exist whole, and the gradients are made in forward.
 
@@ -81,7 +82,7 @@ def fused_linear_sega_loss(
     """
     given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        vocab_parallel, backend, active_vocab,
+        vocab_parallel, backend, active_vocab, None, products_dtype(hidden, compute_dtype),
     )  # fmt: skip
     of = SegaArguments(
         completion_mask, cu_seqlens, answer_start, group_size, fork_weight, top_m, no_answer, valid, mapping, scale,

@@ -12,7 +12,7 @@ from ..backends.types import RowGradients
 from ..scores import Spans, completion_scores, counted_targets, with_advantages
 from ..types import EntropyScoreOutput, LinearScore, TokenStats, VocabParallel
 from . import operators
-from .head import LinearArguments, check_head, host_layout, token_rows
+from .head import LinearArguments, check_head, host_layout, products_dtype, token_rows
 from .products import statistics, statistics_backward
 
 
@@ -53,6 +53,7 @@ def linear_token_stats(
     active_vocab: float | None = None,
     backend: str = "auto",
     rows: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> TokenStats:
     """`token_stats` of softcap(logit_scale * (hidden @ weight.T + bias)), which never exists whole.
 
@@ -63,13 +64,13 @@ def linear_token_stats(
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16.
-        weight: [V, D], the same dtype. Its gradient gathers in float32.
+        weight: [V, D], the same dtype, unless `compute_dtype` is given. Its gradient gathers in float32.
         targets: [...], int64 or int32, in [0, V) or `ignore_index`. On the CPU ignored rows are dropped before the
             product; on a GPU their product is made but not read (a count of them would wait for the device): see
             `rows`.
-        bias: [V], the same dtype, or None; -inf masks a word.
+        bias: [V], or None, of a dtype as `weight` may have; -inf masks a word.
         logit_scale: a positive factor before softcap and temperature (Cohere; 1 / logits_scaling for Granite).
-        logits_dtype: of the workspace. None: the dtype of `hidden`, as a model's own logits have it; torch.float32: not
+        logits_dtype: of the workspace. None: that of the products, as a model's own logits have it; torch.float32: not
             rounded (`mm` with `out_dtype` on a GPU), for loops that compare with float32 logits, such as verl.
         workspace_bytes: the bound, in bytes: a chunk is workspace_bytes / (V * bytes of a logit) rows. None: 64 MiB on
             a CPU; 1 GiB on a GPU, in multiples of 256 rows (4,096 rows at V = 128,256 in bfloat16). Never more than the
@@ -83,6 +84,12 @@ def linear_token_stats(
         temperature, softcap, ignore_index, backend: as for `token_stats`.
         rows: [n] int64, on the CPU, increasing: which of the targets (counted through their axes in order) count. The
             others are as ignored ones, and nothing is multiplied for them, on a GPU too. None: all.
+        compute_dtype: float32, bfloat16 or float16: `hidden`, `weight` and `bias` are rounded to it, and then
+            multiplied, whatever their own dtypes are. Each gradient comes in the dtype of its own tensor; that of a
+            float32 weight is never rounded to 16 bits. None: under torch.autocast, its dtype for this device, as for
+            F.linear (a dtype given here goes before autocast); else the one dtype of hidden, weight and bias. A weight
+            of another dtype is converted whole, for the length of the call (once more in backward), where the copy is
+            no larger than `workspace_bytes`; else a slice of the vocabulary at a time, for each product.
 
     Returns:
         TokenStats(logprobs, entropy), shaped like `targets`, float32; differentiable in hidden, weight and bias, once.
@@ -96,7 +103,7 @@ def linear_token_stats(
     """
     given = LinearArguments(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, logits_dtype, workspace_bytes,
-        vocab_parallel, backend, active_vocab, rows,
+        vocab_parallel, backend, active_vocab, rows, products_dtype(hidden, compute_dtype),
     )  # fmt: skip
     if operators.usable(given):
         return operators.token_stats(given)
@@ -137,6 +144,7 @@ def fused_linear_entropy_score(
     backend: str = "auto",
     score: LinearScore | None = None,
     group_ids: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> EntropyScoreOutput:
     """`fused_entropy_score` from hidden states: the logits never exist whole.
 
@@ -177,6 +185,7 @@ def fused_linear_entropy_score(
         vocab_parallel=vocab_parallel,
         backend=backend,
         rows=rows,
+        compute_dtype=compute_dtype,
     )
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)

@@ -150,6 +150,7 @@ FACTS = (
     "whether hidden needs a gradient (1 or 0)",
     "whether weight or bias needs a gradient (1 or 0)",
     "the dtype of hidden",
+    "compute_dtype",
     "logits_dtype",
     "workspace_bytes (0: the default)",
     "ignore_index",

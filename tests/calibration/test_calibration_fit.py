@@ -34,7 +34,7 @@ def signal(n, weights, seed=0):
 
 
 def test_known_weights_come_back():
-    true = np.array([-1.0, 0.25, 2.0])
+    true = np.array([-1.0, 0.25, 0.0, 2.0])
     fitted = calibrate(*signal(800, true), range(800))
     assert fitted.features == DEFAULT_FEATURES and fitted.num_prompts == 800
     found = fitted.weights / fitted.scales
@@ -46,11 +46,11 @@ def test_known_weights_come_back():
 
 def test_an_interval_of_a_weight_is_the_normal_one():
     """At n = 800 the bootstrap agrees with the inverse of the curvature."""
-    better, worse = signal(800, np.array([-1.0, 0.25, 2.0]))
+    better, worse = signal(800, np.array([-1.0, 0.25, 0.0, 2.0]))
     fitted = calibrate(better, worse, range(800))
     scaled = (better - worse)[:, COLUMNS] / fitted.scales
     p = expit(scaled @ fitted.weights)
-    error = np.sqrt(np.diag(np.linalg.inv((scaled * (p * (1 - p))[:, None]).T @ scaled + fitted.l2 * np.eye(3))))
+    error = np.sqrt(np.diag(np.linalg.inv((scaled * (p * (1 - p))[:, None]).T @ scaled + fitted.l2 * np.eye(4))))
     np.testing.assert_allclose(np.diff(fitted.weight_intervals)[:, 0], 2 * 1.96 * error, rtol=0.15)
 
 
@@ -84,19 +84,19 @@ def test_the_written_fit_the_refits_and_a_plain_minimiser_agree(l2):
 
     truth = minimize(loss, np.zeros(4), tol=1e-14, options={"gtol": 1e-9}).x
     refit = fit._refit(d, np.ones((1, 40)), np.ones((1, 4)), np.array([l2]))[0]
-    np.testing.assert_allclose(fit._fit(d, l2), truth, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fit._fit(d, l2, np.ones(40)), truth, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(refit, truth, rtol=1e-5, atol=1e-5)
     # Counts are copies of rows, and a scale is a division of the differences.
     counts = rng.integers(0, 3, 40).astype(float)
     scales = np.array([1.0, 2.0, 0.5, 4.0])
     copies = np.repeat(d, counts.astype(int), axis=0) / scales
     refit = fit._refit(d, counts[None], scales[None], np.array([l2]))[0]
-    np.testing.assert_allclose(refit, fit._fit(copies, l2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(refit, fit._fit(copies, l2, np.ones(len(copies))), rtol=1e-5, atol=1e-5)
 
 
 def test_the_held_out_margin_of_a_prompt_is_that_of_a_fit_without_it():
     """Three pairs a prompt stay together; scales, strength and weights are those of `calibrate` on the rest."""
-    better, worse = signal(36, np.array([-1.0, 0.0, 2.0]), seed=2)
+    better, worse = signal(36, np.array([-1.0, 0.0, 0.0, 2.0]), seed=2)
     prompts = np.arange(36) // 3
     fitted = calibrate(better, worse, prompts)
     for prompt in (0, 5, 11):
@@ -106,6 +106,11 @@ def test_the_held_out_margin_of_a_prompt_is_that_of_a_fit_without_it():
         np.testing.assert_allclose(fitted.held_out[~rest], expected, rtol=1e-5, atol=1e-6)
 
 
+def held_out_margins(differences, sizes, groups):
+    weights = fit._held_out_weights(differences, sizes, groups, np.ones(len(groups)), None)
+    return (differences * weights).sum(1)
+
+
 def test_nothing_leaks_into_the_held_out_accuracy():
     """Noise at N = 40: held out one half over many seeds, in sample well above; and the verdict is rarely wrong."""
     held_out, in_sample, informative = [], [], 0
@@ -113,10 +118,10 @@ def test_nothing_leaks_into_the_held_out_accuracy():
         better, worse = noise(40, seed)
         d = (better - worse)[:, COLUMNS]
         sizes = np.maximum(np.abs(better), np.abs(worse))[:, COLUMNS]
-        found = pair_accuracy(fit._held_out(d, sizes, np.arange(40)), range(40))
+        found = pair_accuracy(held_out_margins(d, sizes, np.arange(40)), range(40))
         held_out.append(found.value)
         informative += found.low > 0.5
-        in_sample.append(pair_accuracy(d @ fit._fit(d / d.std(0), 1.0), range(40)).value)
+        in_sample.append(pair_accuracy(d @ fit._fit(d / d.std(0), 1.0, np.ones(40)), range(40)).value)
     assert np.mean(held_out) == pytest.approx(0.5, abs=0.05)  # its error over 60 seeds is 0.014
     assert np.mean(in_sample) > 0.57
     assert informative <= 10  # about 1 in 20 is expected of a 95 % interval
@@ -124,7 +129,7 @@ def test_nothing_leaks_into_the_held_out_accuracy():
 
 def held_out_accuracy(better, worse, prompts):
     sizes = np.maximum(np.abs(better), np.abs(worse))[:, COLUMNS]
-    margins = fit._held_out((better - worse)[:, COLUMNS], sizes, np.asarray(prompts))
+    margins = held_out_margins((better - worse)[:, COLUMNS], sizes, np.asarray(prompts))
     return float((margins > 0).mean())
 
 
@@ -140,7 +145,7 @@ def test_pairs_of_a_prompt_do_not_vouch_for_each_other():
 
 
 def test_shuffled_labels_are_not_informative():
-    better, worse = signal(60, np.array([-1.0, 0.0, 4.0]), seed=4)
+    better, worse = signal(60, np.array([-1.0, 0.0, 0.0, 4.0]), seed=4)
     assert calibrate(better, worse, range(60)).verdict.kind == "informative"
     kinds = []
     for seed in range(10):
@@ -170,7 +175,7 @@ def test_length_alone_is_called_length(longer):
 
 def test_more_than_length_is_informative():
     """Length helps a little (0.65), the log-prob much more."""
-    better, worse = signal(120, np.array([0.0, 0.0, 6.0]), seed=7)
+    better, worse = signal(120, np.array([0.0, 0.0, 0.0, 6.0]), seed=7)
     longer = np.random.default_rng(8).random(120) < 0.65
     better[:, LENGTH], worse[:, LENGTH] = np.where(longer, 50, 30), np.where(longer, 30, 50)
     fitted = calibrate(better, worse, range(120))
@@ -179,7 +184,7 @@ def test_more_than_length_is_informative():
 
 
 def test_weak_is_called_weak():
-    better, worse = signal(1200, np.array([0.0, 0.0, 0.8]), seed=1)
+    better, worse = signal(1200, np.array([0.0, 0.0, 0.0, 0.8]), seed=1)
     fitted = calibrate(better, worse, range(1200))
     value = fitted.pair_accuracy["calibrated"].value
     assert 0.53 < value < 0.65 and "Informative, weak." in fitted.verdict.words
@@ -207,7 +212,7 @@ def test_agreement_of_all_pairs_keeps_a_width():
 
 
 def test_the_same_input_gives_the_same_result():
-    better, worse = signal(48, np.array([-1.0, 0.0, 2.0]), seed=9)
+    better, worse = signal(48, np.array([-1.0, 0.0, 0.0, 2.0]), seed=9)
     one = calibrate(better, worse, range(48))
     other = calibrate(torch.tensor(better), torch.tensor(worse), [f"prompt {i}" for i in range(48)])
     assert (one.weights == other.weights).all() and (one.weight_intervals == other.weight_intervals).all()
@@ -216,9 +221,9 @@ def test_the_same_input_gives_the_same_result():
 
 
 def test_the_scale_of_a_feature_changes_nothing():
-    better, worse = signal(48, np.array([-1.0, 0.0, 2.0]), seed=9)
+    better, worse = signal(48, np.array([-1.0, 0.0, 0.0, 2.0]), seed=9)
     units = np.ones(9)
-    units[COLUMNS] = 1000.0, 1e-3, 7.0
+    units[COLUMNS] = 1000.0, 1e-3, 0.1, 7.0
     one, other = calibrate(better, worse, range(48)), calibrate(better * units, worse * units, range(48))
     np.testing.assert_allclose(other.weights, one.weights, rtol=1e-6)
     np.testing.assert_allclose(other.scales, one.scales * units[COLUMNS], rtol=1e-12)
@@ -226,7 +231,7 @@ def test_the_scale_of_a_feature_changes_nothing():
 
 
 def test_the_margin_is_a_difference_of_linear_scores():
-    better, worse = signal(30, np.array([-1.0, 0.0, 2.0]), seed=9)
+    better, worse = signal(30, np.array([-1.0, 0.0, 0.0, 2.0]), seed=9)
     fitted = calibrate(better, worse, range(30))
     names, weights = fitted.score(model="m", pairs_hash="h").linear
     scores = linear_score(better, names, weights) - linear_score(worse, names, weights)
@@ -237,13 +242,13 @@ def test_the_margin_is_a_difference_of_linear_scores():
 @pytest.mark.parametrize("rounding", [0.0, 1e-8])
 def test_a_feature_without_differences_has_no_weight(rounding):
     """Also where it differs by what fp32 rounds; held out as well."""
-    better, worse = signal(30, np.array([-1.0, 0.0, 3.0]), seed=9)
+    better, worse = signal(30, np.array([-1.0, 0.0, 0.0, 3.0]), seed=9)
     better[:, 1] = worse[:, 1] = 0.7
     better[:, 1] += rounding * np.random.default_rng(0).normal(size=30)
     fitted = calibrate(better, worse, range(30))
     assert fitted.weights[1] == 0 and fitted.scales[1] == 1 and (fitted.weight_intervals[1] == 0).all()
-    without = calibrate(better, worse, range(30), features=["final_entropy", "mean_logprob"])
-    np.testing.assert_allclose(fitted.weights[[0, 2]], without.weights, rtol=1e-6)
+    without = calibrate(better, worse, range(30), features=["final_entropy", "mean_entropy", "mean_logprob"])
+    np.testing.assert_allclose(fitted.weights[[0, 2, 3]], without.weights, rtol=1e-6)
     np.testing.assert_allclose(fitted.held_out, without.held_out, rtol=1e-6)
 
 
@@ -255,7 +260,7 @@ def test_equal_answers_say_nothing():
 
 
 def test_many_pairs_are_left_out_in_groups(monkeypatch):
-    better, worse = signal(60, np.array([-1.0, 0.0, 3.0]), seed=3)
+    better, worse = signal(60, np.array([-1.0, 0.0, 0.0, 3.0]), seed=3)
     alone = calibrate(better, worse, range(60)).held_out
     monkeypatch.setattr(fit, "MAX_HELD_OUT", 60 * 12)
     grouped = calibrate(better, worse, range(60)).held_out
@@ -265,7 +270,7 @@ def test_many_pairs_are_left_out_in_groups(monkeypatch):
 def test_strength_follows_the_data():
     better, worse = noise(60, 1)
     weak = calibrate(better, worse, range(60)).l2
-    strong = calibrate(*signal(60, np.array([-6.0, 0.0, 20.0])), range(60)).l2
+    strong = calibrate(*signal(60, np.array([-6.0, 0.0, 0.0, 20.0])), range(60)).l2
     assert weak >= 10 and strong <= 1
 
 

@@ -1,7 +1,9 @@
 """Features of given pairs and of the model's own candidates, the scales these give, and `gem calibrate` as a whole."""
 
+import dataclasses
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,15 +11,18 @@ import torch
 
 from gem import cli
 from gem.calibration.features import DEFAULT_FEATURES, FEATURES
-from gem.calibration.fit import calibrate, candidate_scales, fixed_score_verdict
+from gem.calibration.fit import PairFeatures, calibrate, candidate_scales, fixed_score_verdict
 from gem.calibration.measure import (
     calibrate_policy,
     candidate_features,
     candidate_scores,
+    correct_answers,
     measure_samples,
     own_candidates,
     pair_features,
     pairs_hash,
+    prompts_to_sample,
+    right_and_wrong,
 )
 from gem.calibration.score_file import read_score
 from gem.config.settings import SCORE_FEATURES, Sampling, Scoring
@@ -28,6 +33,7 @@ from gem.files import write_jsonl
 from gem.model.forward import Policy, completion_stats
 from gem.model.opened import OpenedModel
 from gem.rollout.sample import given_completions
+from gem.scoring.score import rank_candidates
 from tests.helpers import END, FORM, encode, save_tiny, tiny_model
 
 TEXTS = ("2 + 2 = 4\nFinal Answer: 4", "Final Answer: 5", "so it is\nFinal Answer: 12", "x\nFinal Answer: 1", "no")
@@ -123,13 +129,115 @@ def test_a_prompt_is_scored_without_its_own_pairs(policy):
     values, valid = candidate_features(pool)
     assert values.shape == (2, 3, 9) and valid.shape == (2, 3) and fitted.scales_from == "candidates"
     columns = [FEATURES.index(name) for name in DEFAULT_FEATURES]
-    scores = candidate_scores(fitted, given, prompts, pool)
+    scores = candidate_scores(fitted, prompts, pool)
     np.testing.assert_allclose(scores[0], values[0][:, columns] @ fitted.held_out_weights[2])
     np.testing.assert_allclose(scores[1], values[1][:, columns] @ (fitted.weights / fitted.scales))
     assert measure_samples(scores, pool, [None, None]) == (None, None)
     truth = pool.rollout.spans.answers[3] or "4"
     samples, _ = measure_samples(scores, pool, [None, truth])
     assert samples.num_prompts == 1 and samples.num_generations == 3 and "calibrated" in samples.best_of
+
+
+def test_a_prompt_with_many_own_pairs_weighs_as_one_with_few():
+    rng = np.random.default_rng(5)
+    better, worse = rng.normal(size=(2, 24, 9))
+    better[:, 5] += 1
+    given = PairFeatures(better, worse, list(range(24)))
+    scales = np.ones(9)
+    plain = calibrate(better, worse, range(24), scales=scales, given=given)
+    # Four copies of the pairs of every third prompt.
+    copies = np.concatenate([np.arange(24), *[np.arange(0, 24, 3)] * 3])
+    fitted = calibrate(better[copies], worse[copies], copies.tolist(), scales=scales, given=given)
+    np.testing.assert_allclose(fitted.weights, plain.weights, rtol=1e-6)
+    np.testing.assert_allclose(fitted.held_out[:24], plain.held_out, rtol=1e-6)
+    assert not np.allclose(
+        calibrate(better[copies], worse[copies], copies.tolist(), scales=scales).weights, plain.weights
+    )
+    assert (plain.fitted_to, calibrate(better, worse, range(24)).fitted_to) == ("candidates", "pairs")
+
+
+def test_a_score_of_own_candidates_is_tested_on_the_given_pairs_too_without_their_prompts():
+    rng = np.random.default_rng(6)
+    own, own_worse, better, worse = rng.normal(size=(4, 20, 9))
+    own[:, 5] += 1
+    better[:, 5] += 2
+    given = PairFeatures(better, worse, list(range(10, 30)))  # ten prompts of both kinds
+    fitted = calibrate(own, own_worse, range(20), given=given)
+    names = [FEATURES.index(name) for name in DEFAULT_FEATURES]
+    margins = (better - worse)[:, names] * fitted.unseen_weights(given.prompts)
+    wins = np.concatenate([fitted.held_out, margins.sum(1)]) > 0
+    assert fitted.pair_accuracy["calibrated"].value == pytest.approx(wins.mean())
+    assert fitted.pair_accuracy["calibrated"].count == 40 and fitted.num_prompts == 30
+    assert "40 pairs of 30 prompts it was not fitted on (20 of them a right and a wrong" in fitted.verdict.words
+    unseen = fitted.unseen_weights([10, 29])
+    rest = np.arange(20) != 10
+    other = calibrate(own[rest], own_worse[rest], np.arange(20)[rest].tolist())
+    np.testing.assert_allclose(unseen[0], other.weights / other.scales, rtol=1e-6)
+    np.testing.assert_allclose(unseen[1], fitted.weights / fitted.scales)
+
+
+def test_right_and_wrong_candidates_are_paired_within_their_prompt(policy):
+    prompts = [encode("one"), encode("another"), encode("third")]
+    texts = ["Final Answer: 4", "Final Answer: 5", "x\nFinal Answer: 4", "Final Answer: 5", "Final Answer: 7", "no"]
+    texts += ["Final Answer: 4", "Final Answer: 4", "Final Answer: 5"]
+    rollout = given_completions(FORM, prompts, [(*encode(text), END) for text in texts])
+    with torch.no_grad():
+        stats = completion_stats(policy, rollout.batch)
+    scored = rank_candidates(rollout, stats.logprobs, stats.entropy, Scoring(), None)
+    values, _ = candidate_features(scored)
+    truths = ["4", "5", None]
+    assert correct_answers(scored, truths).tolist() == [[True, False, True], [True, False, False], [False] * 3]
+    found = right_and_wrong(scored, prompts, truths)
+    assert found.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
+    np.testing.assert_array_equal(found.chosen, values[[0, 0, 1, 1], [0, 2, 0, 0]])
+    np.testing.assert_array_equal(found.rejected, values[[0, 0, 1, 1], [1, 1, 1, 2]])
+    assert right_and_wrong(scored, prompts, [None] * 3).chosen.shape == (0, 9)
+
+
+@pytest.fixture
+def made(policy):
+    """(given pairs that prefer a high mean log-prob, candidates that give scales)."""
+    rng = np.random.default_rng(7)
+    better, worse = rng.normal(size=(2, 30, 9))
+    better[:, 5] += 3
+    prompts = [encode("one"), encode("another")]
+    sampling = Sampling(num_generations=3, max_completion_length=6)
+    pool = own_candidates(policy, FORM, prompts, Scoring(), sampling, seed=0, batch_size=2)
+    return PairFeatures(better, worse, list(range(30))), pool, rng
+
+
+def own_pairs(rng, number, column, sign):
+    right, wrong = rng.normal(size=(2, 2 * number, 9))
+    right[:, column] += sign * 3
+    return PairFeatures(right, wrong, [100 + i // 2 for i in range(2 * number)])
+
+
+def test_auto_takes_what_ranks_the_models_own_answers_better(made):
+    given, pool, rng = made
+    fit = partial(calibrate_policy, given, pool, features=DEFAULT_FEATURES)
+    other = own_pairs(
+        rng, 12, 3, -1
+    )  # its right answers have a low mean entropy, which the given pairs know nothing of
+    assert fit(other).fitted_to == "candidates" and fit(other).weights[2] < -0.1
+    assert fit(other, fit_to="pairs").fitted_to == "pairs" and fit(None).fitted_to == "pairs"
+    # Half of the prompts the one way and half the other: left out, each is judged by a majority of the others.
+    noise = PairFeatures(np.zeros((12, 9)), np.zeros((12, 9)), list(range(100, 112)))
+    noise.chosen[:, 5] = np.tile([1.0, -1.0], 6)
+    assert fit(noise, fit_to="candidates").pair_accuracy["calibrated"].value < 1 and fit(noise).fitted_to == "pairs"
+    few = own_pairs(rng, 7, 3, -1)
+    assert fit(few).fitted_to == "pairs" and fit(few, fit_to="candidates").fitted_to == "candidates"
+    for pairs, number in ((None, 0), (own_pairs(rng, 1, 3, -1), 1)):
+        with pytest.raises(UserError, match=f"calibrate_on: {number} prompts .* sample more candidates"):
+            fit(pairs, fit_to="candidates")
+
+
+def test_prompts_with_known_answers_come_first_where_they_are_enough():
+    known = pairs_of(9)
+    unknown = [dataclasses.replace(pair, answer=None) for pair in pairs_of(40)[9:]]
+    assert list(prompts_to_sample([*unknown, *known])) == [pair.prompt_ids for pair in known]
+    found = prompts_to_sample([*unknown, *known[:7]])
+    assert list(found) == [pair.prompt_ids for pair in unknown[:16]] and set(found.values()) == {None}
+    assert len(prompts_to_sample(pairs_of(80))) == 64
 
 
 def test_the_verdict_on_a_score_that_is_there():
@@ -222,6 +330,8 @@ def test_the_command_without_samples_and_with_other_prompts(folder, tmp_path, mo
         (["--out", "page.html"], "page takes that name"),
         (["--out", "nowhere/score.json"], "does not exist"),
         (["--sample", 0, "--eval-file", "x.jsonl"], "--sample"),
+        (["--sample", 0, "--calibrate-on", "candidates"], "--sample of at least 2"),
+        (["--calibrate-on", "samples"], "auto, pairs"),
         (["--eval-file", "missing.jsonl"], "missing.jsonl"),
         (["--eval-file", "UNKNOWN"], "no row has a known answer"),
     ],

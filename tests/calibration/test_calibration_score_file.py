@@ -67,19 +67,27 @@ def test_round_trip(whole, tmp_path):
 
 
 def test_the_format_is_as_promised(content):
-    assert list(content) == [*KEYS, "scales_from"] and content["kind"] == "gem-score" and content["version"] == 1
+    assert (
+        list(content) == [*KEYS, "scales_from", "fitted_to"]
+        and content["kind"] == "gem-score"
+        and content["version"] == 1
+    )
     assert list(content["samples"]) == SAMPLE_KEYS
     assert list(content["verdict"]) == ["kind", "words"] and list(content["platt"]) == ["slope", "intercept", "count"]
     assert list(content["pair_accuracy"]["calibrated"]) == ["value", "low", "high", "count"]
     assert list(content["samples"]["roc_within"]) == ["false_positive", "true_positive"]
     assert list(content["samples"]["reliability"][0]) == ["count", "confidence", "share_right"]
-    assert list(content["weights"]) == content["features"] == ["final_entropy", "fork_entropy", "mean_logprob"]
+    assert (
+        list(content["weights"])
+        == content["features"]
+        == ["final_entropy", "fork_entropy", "mean_entropy", "mean_logprob"]
+    )
     assert len(content["weight_intervals"]["fork_entropy"]) == 2 and content["top_m"] == 0.1
 
 
 def test_linear(whole):
     names, weights = whole.linear
-    assert names == ("final_entropy", "fork_entropy", "mean_logprob")
+    assert names == ("final_entropy", "fork_entropy", "mean_entropy", "mean_logprob")
     assert weights == tuple(whole.weights[n] / whole.scales[n] for n in names)
 
 

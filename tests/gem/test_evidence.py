@@ -1,5 +1,6 @@
 """bench.evidence: every row runs from its start, is run once, and is compared problem by problem."""
 
+import dataclasses
 import io
 import json
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from bench.evidence import __main__ as evidence
 from bench.evidence import objectives, tables
 from bench.evidence.data import HELD_OUT_SEED, task_rows
-from bench.evidence.start import Pool, make_config, open_start
+from bench.evidence.start import GIVEN_STEP, POOL_STEP, load_or_sample_pool, make_config, open_start
 from gem.config.settings import TrainConfig
 from gem.data.answers import extract_answer
 from gem.errors import UserError
@@ -95,9 +96,11 @@ def start_of(folder, **changes):
     files = {name: folder / "out" / "seed-0" / f"{name}.jsonl" for name in ("given", "pool", "held_out", "few")}
     settings = {**evidence.common_settings(plan), **changes}
     start = open_start(plan.model, files, make_config(folder, "x", plan.model, files, 0, **settings))
-    rows = torch.load(folder / "out" / "seed-0" / "pool.pt", weights_only=True)
-    statistics = [(row["logprobs"], row["entropy"]) for row in rows]
-    return start, Pool(start.data.pool, [row["ids"].tolist() for row in rows], statistics)
+    own, pool = (
+        load_or_sample_pool(folder / "out" / "seed-0" / f"{name}.pt", start, pairs, step)
+        for name, pairs, step in (("given", start.data.given, GIVEN_STEP), ("pool", start.data.pool, POOL_STEP))
+    )
+    return dataclasses.replace(start, own=own), pool
 
 
 def test_the_pool_scores_some_prompts_as_it_scores_all(folder):
@@ -205,7 +208,7 @@ def test_the_command_line(tmp_path, capsys):
         "--seeds", "1", "--quick", "--rows", "base_scores,scores", "--max-completion-length", "20",
         "--score-samples", "0", "--num-generations", "8", "--pool-prompts", "8", "--docs", str(page),
     ])  # fmt: skip
-    assert "| calibrated, scales of the given pairs |" in page.read_text()
+    assert "| calibrated on the given pairs alone |" in page.read_text()
     shown = capsys.readouterr().out
     assert "before SFT, 4 pairs | after SFT, its own 6 pairs x 1 seeds | after SFT, 2 held-out pairs" in shown
     assert [path.stem for path in (tmp_path / "o").glob("*.md")] == ["pairs"]  # nothing was sampled

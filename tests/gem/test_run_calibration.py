@@ -78,6 +78,7 @@ def test_the_score_is_fitted_after_sft_and_again_and_is_what_candidates_are_scor
     assert first["num_pairs"] == 12 and first["verdict"] in ("informative", "not_informative", "explained_by_length")
     assert 0 <= first["pair_accuracy_low"] <= first["pair_accuracy"] <= first["pair_accuracy_high"] <= 1
     assert 0 <= first["eval/score_pair_accuracy"] <= 1 and first["scales_from"] in ("candidates", "pairs")
+    assert first["fitted_to"] in ("candidates", "pairs")
     names = sorted(path.name for path in again.run_dir.glob("score*"))
     assert names == ["score-2.json", "score-4.json", "score.json"]
     score = read_score(again.run_dir / "score.json")
@@ -124,7 +125,9 @@ def verdict_of(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["not_informative", "explained_by_length"])
 def test_the_gate_ends_the_run_after_sft_with_its_model(folder, kind, monkeypatch):
     verdict_of(kind, monkeypatch)
-    result, printed = run(folder, f"stop-{kind}", gate="stop")
+    result, printed = run(folder, f"stop-{kind}", gate="stop", eval_on_start=False, eval_sample=1)
+    before, after = result.evaluations.values()
+    assert before.sampled is None and before.preference.num_pairs == 5 and after.sampled is not None
     found = rows(result)
     assert [row["stage"] for row in found] == ["eval", "SFT", "SFT", "eval", "calibration"]
     assert found[-1]["done"] == "SEGA is not run"

@@ -6,136 +6,25 @@ A stand-in computes nothing but `own`. `python -m tests.integrations.others` run
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import runpy
 import sys
-import types
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from gem_kernels import entropy_scores, group_advantages
 from gem_kernels.integrations import openrlhf, prime_rl, slime, verl
+from gem_kernels.integrations.settings import Sega
 from gem_kernels.integrations.swap import Ours
+from tests.integrations.tiny import D, V, batch, exact
 from tests.kernels.helpers import assert_near
 
-V, D = 37, 16
 ROOT = Path(__file__).parents[2]
-
-
-def own(*args, **kwargs):
-    return "own"
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """stand_in("a.b", name=object) puts modules of these names, and those above them, in sys.modules."""
-
-    def put(name, **objects):
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            full = ".".join(parts[:i])
-            if full not in sys.modules:
-                module = types.ModuleType(full)
-                module.__path__ = []
-                monkeypatch.setitem(sys.modules, full, module)
-        for key, value in objects.items():
-            setattr(sys.modules[name], key, value)
-        return sys.modules[name]
-
-    return put
-
-
-def exact(logits, targets):
-    logp = logits.double().log_softmax(-1)
-    return logp.gather(-1, targets[..., None])[..., 0].float(), -(logp.exp() * logp).sum(-1).float()
-
-
-@pytest.fixture
-def tensors():
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(2, 5, D, generator=generator), torch.randn(V, D, generator=generator)
-    targets = torch.randint(0, V, (2, 5), generator=generator)
-    return SimpleNamespace(hidden=hidden, weight=weight, targets=targets, logits=hidden @ weight.t())
-
-
-# verl
-
-
-@pytest.fixture
-def fake_verl(stand_in):
-    class FusedLinearForPPO(torch.nn.Module):
-        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-            return "own"
-
-    def logprobs_from_logits(logits, labels, inplace_backward=True):
-        return "own"
-
-    def entropy_from_logits(logits):
-        return "own"
-
-    def entropy_from_logits_with_chunking(logits, chunk_size=2048):
-        return "own"
-
-    def register_adv_est(name_or_enum):
-        return lambda function: registry.setdefault(name_or_enum, function)
-
-    registry: dict = {}
-    stand_in("verl", __version__="0.9.1")
-    helpers = stand_in(
-        verl.HELPERS, logprobs_from_logits=logprobs_from_logits, entropy_from_logits=entropy_from_logits,
-        entropy_from_logits_with_chunking=entropy_from_logits_with_chunking,
-    )  # fmt: skip
-    heads = stand_in(verl.HEADS, FusedLinearForPPO=FusedLinearForPPO)
-    engine = stand_in("verl.workers.engine", logprobs_from_logits=logprobs_from_logits)
-    algorithms = stand_in(verl.ALGORITHMS, register_adv_est=register_adv_est)
-    return SimpleNamespace(helpers=helpers, heads=heads, engine=engine, algorithms=algorithms, registry=registry)
-
-
-def test_verl_the_head_and_the_helpers(fake_verl, tensors):
-    with verl.use_gem_kernels():
-        with verl.use_gem_kernels():  # within it: nothing more
-            pass
-        head = fake_verl.heads.FusedLinearForPPO()
-        found = head(tensors.hidden, tensors.weight, tensors.targets, temperature=0.7)
-        for x, y in zip(found, exact(tensors.logits / 0.7, tensors.targets)):
-            assert_near(x, y)
-        logprobs = fake_verl.engine.logprobs_from_logits(logits=tensors.logits, labels=tensors.targets)
-        want = exact(tensors.logits, tensors.targets)
-        assert_near(logprobs, want[0])
-        assert_near(fake_verl.helpers.entropy_from_logits(tensors.logits), want[1])
-        assert_near(fake_verl.helpers.entropy_from_logits_with_chunking(tensors.logits, chunk_size=3), want[1])
-        # verl's own: float64, another dtype of the weight, strided rows
-        assert head(tensors.hidden, tensors.weight.bfloat16(), tensors.targets) == "own"
-        assert fake_verl.helpers.entropy_from_logits(tensors.logits.double()) == "own"
-        strided = tensors.logits.transpose(0, 2)
-        assert fake_verl.engine.logprobs_from_logits(strided, torch.zeros(V, 5, dtype=torch.int64)) == "own"
-    assert not isinstance(fake_verl.engine.logprobs_from_logits, Ours)
-    assert fake_verl.heads.FusedLinearForPPO()(tensors.hidden, tensors.weight, tensors.targets) == "own"
-
-
-def test_verl_writes_over_the_logits_only_where_told(fake_verl, tensors):
-    gradients = []
-    with verl.use_gem_kernels():
-        for options in ({}, {"inplace_backward": True}):
-            leaf = tensors.logits.clone().requires_grad_()
-            given = leaf * 1
-            fake_verl.helpers.logprobs_from_logits(given, tensors.targets, **options).sum().backward()
-            gradients.append(leaf.grad)
-            assert torch.equal(given, tensors.logits) is not bool(options)
-    assert_near(gradients[1], gradients[0])
-
-
-def test_another_verl_is_refused(fake_verl, monkeypatch):
-    monkeypatch.setattr(fake_verl.helpers, "entropy_from_logits", lambda logits, dim: None)
-    with pytest.raises(ValueError, match=r"`verl` must be of version 0\.9, whose .*entropy_from_logits .*0\.9\.1.*dim"):
-        verl.use_gem_kernels()
-    monkeypatch.delattr(fake_verl.heads, "FusedLinearForPPO")
-    with pytest.raises(ValueError, match="without it"):
-        verl.use_gem_kernels()
-    assert not isinstance(fake_verl.helpers.logprobs_from_logits, Ours)
 
 
 @pytest.mark.parametrize("adapter, name", [(verl, "verl"), (openrlhf, "openrlhf"), (prime_rl, "prime_rl")])
@@ -144,143 +33,6 @@ def test_a_trainer_that_is_not_installed(adapter, name):
         pytest.skip(f"{name} is installed")
     with pytest.raises(ValueError, match=rf"`{name}` must be installed, in version 0\.\d+, got no module {name}$"):
         adapter.use_gem_kernels()
-
-
-def test_a_trainer_that_lacks_something(stand_in, monkeypatch):
-    stand_in("verl")
-    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name="ray")))
-    with pytest.raises(ValueError, match="got one that does not find its ray"):
-        verl.use_gem_kernels()
-
-
-@pytest.mark.parametrize("named", ["", "auto", "other", "other, gem_kernels"])
-def test_the_plugin_of_verl_waits_until_it_is_named(fake_verl, named, monkeypatch):
-    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", named)
-    (entry,) = [x for x in entry_points(group="verl.plugins") if x.name == "gem_kernels"] or [None]
-    path = "gem_kernels.integrations.verl_plugin"
-    assert entry is None or entry.value == path  # None where this clone was installed before it had one
-    swaps = []
-    monkeypatch.setattr(verl, "use_gem_kernels", lambda: swaps.append(1))
-    runpy.run_module(path)
-    assert bool(swaps) is bool(fake_verl.registry) is named.endswith("gem_kernels")
-
-
-def test_the_plugin_of_verl_says_what_is_wrong(fake_verl, monkeypatch, caplog):
-    """verl itself keeps it to itself."""
-    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "gem_kernels")
-    monkeypatch.delattr(fake_verl.helpers, "entropy_from_logits")
-    with pytest.raises(ValueError):
-        runpy.run_module("gem_kernels.integrations.verl_plugin")
-    assert "gem_kernels is not in use: `verl` must be of version 0.9" in caplog.text
-
-
-def test_the_entry_point_is_the_plugin():
-    tomllib = pytest.importorskip("tomllib")
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert groups == {"verl.plugins": {"gem_kernels": "gem_kernels.integrations.verl_plugin"}}
-    assert importlib.util.find_spec("gem_kernels.integrations.verl_plugin")
-
-
-UIDS = ["b", "a", "b", "a", "b"]
-
-
-def batch():
-    entropy = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor([6, 4, 5, 0, 3])[:, None]).long()
-    return entropy, mask, torch.tensor([4, 2, -1, 0, 1])
-
-
-def test_verl_s_estimator_gives_the_advantages_of_this_package(fake_verl):
-    entropy, mask, start = batch()
-    verl.register_sega()
-    estimator = fake_verl.registry["sega"]
-    config = {"sega": {"fork_weight": 0.5, "top_m": 1, "scale": "group"}}
-    with verl.stored(verl.Stored(entropy, start)) as shown:
-        found, returns = estimator(token_level_rewards=mask * 0.0, response_mask=mask, index=UIDS, config=config)
-    scores = entropy_scores(entropy, completion_mask=mask, answer_start=start, fork_weight=0.5, top_m=1)
-    want = group_advantages(scores.score, valid=scores.valid, group_ids=torch.tensor([0, 1, 0, 1, 0]), scale="group")
-    assert_near(found, want[:, None] * mask)
-    assert returns is found and want[0] != 0 and want[3] == 0
-    assert shown.metrics["gem/valid"] == pytest.approx(0.8)
-    assert shown.metrics["gem/score"] == pytest.approx(float(scores.score.sum() / 4))
-    alone, _ = verl.sega_advantages(mask * 0.0, mask, UIDS, config, entropy=entropy, answer_start=start)
-    assert torch.equal(alone, found)
-
-
-def test_verl_s_estimator_says_what_is_missing():
-    entropy, mask, _ = batch()
-    with pytest.raises(ValueError, match=r"`entropy` must be given, or .*verl_sega.*trainer_mode=sega"):
-        verl.sega_advantages(mask * 0.0, mask, UIDS)
-    with pytest.raises(ValueError, match="`index` must be verl's uid"):
-        verl.sega_advantages(mask * 0.0, mask, entropy=entropy)
-    with pytest.raises(ValueError, match=r"`algorithm.sega` must be of fork_weight, .*, got lambda"):
-        verl.sega_advantages(mask * 0.0, mask, UIDS, {"sega": {"lambda": 1}}, entropy=entropy)
-
-
-@pytest.fixture
-def trainer(fake_verl, stand_in, monkeypatch):
-    class PPOTrainerSync:
-        def __init__(self, config):
-            self.config, self.mode = config, config.trainer.v1.trainer_mode
-
-        def _compute_advantage(self, batch, metrics):
-            _, mask, _ = batch.data
-            self.found, _ = fake_verl.registry["sega"](mask * 0.0, mask, UIDS, self.config.algorithm)
-            return "batch"
-
-    def kv_batch_get(keys, partition_id, select_fields):
-        assert keys == ["k"] and partition_id == "train"
-        entropy, mask, start = batch()
-        ids = torch.where(torch.arange(6) == start[:, None] - 1, 7, 1)
-        ids[0] = torch.where(ids[0] == 7, 8, 1)  # written in another way
-        fields = {"entropy": entropy, "responses": ids, "response_mask": mask}
-        assert set(select_fields) == set(fields)
-        return SimpleNamespace(to_padded_tensor=lambda: fields)
-
-    base = SimpleNamespace(tq=SimpleNamespace(kv_batch_get=kv_batch_get))
-    stand_in(
-        "verl.trainer.ppo.v1", PPOTrainerSync=PPOTrainerSync, trainer_base=base,
-        register_trainer=lambda name: lambda cls: fake_verl.registry.setdefault(("trainer", name), cls),
-    )  # fmt: skip
-    monkeypatch.delitem(sys.modules, "gem_kernels.integrations.verl_sega", raising=False)
-    importlib.import_module("gem_kernels.integrations.verl_sega")
-    monkeypatch.delitem(sys.modules, "gem_kernels.integrations.verl_sega")
-    return fake_verl.registry["trainer", "sega"]
-
-
-class Settings(dict):
-    __getattr__ = dict.__getitem__
-
-
-def verl_config(estimator="sega", **sega):
-    v1 = SimpleNamespace(trainer_mode="sega")
-    return SimpleNamespace(algorithm=Settings(adv_estimator=estimator, sega=sega), trainer=SimpleNamespace(v1=v1))
-
-
-@pytest.mark.parametrize("marker", [None, "####", ["####", " ####"]])
-def test_verl_s_trainer_shows_the_entropies_to_the_estimator(trainer, marker):
-    made = trainer(verl_config(fork_weight=0.5, marker=marker))
-    assert made.mode == "sync"
-    made.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [7] if text == "####" else [8])
-    metrics: dict = {}
-    given = SimpleNamespace(keys=["k"], partition_id="train", data=batch())
-    assert made._compute_advantage(given, metrics) == "batch"
-    entropy, mask, start = batch()
-    start = torch.where((start < 1) | (mask.sum(1) == 0), -1, start) if marker else torch.full((5,), -1)
-    if marker == "####":
-        start[0] = -1
-    want, _ = verl.sega_advantages(mask * 0.0, mask, UIDS, made.config.algorithm, entropy=entropy, answer_start=start)
-    assert torch.equal(made.found, want) and metrics["gem/valid"] == pytest.approx(0.8)
-    assert verl._stored.get() is None
-
-
-def test_verl_s_trainer_refuses_what_has_no_entropies(trainer):
-    with pytest.raises(ValueError, match=r"`algorithm.adv_estimator` must be 'sega'"):
-        trainer(verl_config("grpo"))
-    config = verl_config()
-    config.algorithm["rollout_correction"] = {"bypass_mode": True}
-    with pytest.raises(ValueError, match="bypass_mode"):
-        trainer(config)
 
 
 # OpenRLHF
@@ -553,3 +305,50 @@ def test_slime_says_what_is_missing():
         slime.sega_advantages(SimpleNamespace(n_samples_per_prompt=3, gem_sega={"lambda": 1}), data)
     with pytest.raises(ValueError, match="`context_parallel_size` must be 1"):
         slime.sega_advantages(SimpleNamespace(n_samples_per_prompt=3, context_parallel_size=2), data)
+
+
+# What docs/integrations.md and the example show.
+
+PAGE = (ROOT / "docs" / "integrations.md").read_text()
+SHOWN = dict(re.findall(r"```\w+ (\w+)\n(.*?)```", PAGE, flags=re.DOTALL))
+RUN = (ROOT / "examples" / "verl_plugin" / "run.sh").read_text()
+
+
+@pytest.mark.parametrize("name, adapter", [("openrlhf", openrlhf), ("prime_rl", prime_rl)])
+def test_the_page_s_python_is_run(name, adapter, fake_openrlhf, fake_prime, monkeypatch):
+    started = []
+    monkeypatch.setattr(runpy, "run_module", lambda module, run_name: started.append((module, run_name)))
+    swaps = []
+    monkeypatch.setattr(adapter, "use_gem_kernels", lambda own=adapter.use_gem_kernels: swaps.append(own()))
+    try:
+        exec(SHOWN[name], {})
+        assert len(swaps) == 1 and swaps[0].pairs
+    finally:
+        swaps[0].undo()
+    assert [(module.partition(".")[0], run_name) for module, run_name in started] == [(name, "__main__")]
+
+
+def test_every_dotted_name_that_is_shown_is_there():
+    shown = [*SHOWN.values(), RUN, (ROOT / "examples" / "verl_plugin" / "README.md").read_text(), PAGE]
+    names = {name for text in shown for name in re.findall(r"gem_kernels\.integrations\.\w+(?:\.\w+)?", text)}
+    assert len(names) >= 7
+    for name in names:
+        _, _, module, *inner = name.split(".")
+        source = (ROOT / "gem_kernels" / "integrations" / f"{module}.py").read_text()
+        for found in inner:
+            assert re.search(rf"^(def|class) {found}\b", source, flags=re.MULTILINE), name
+
+
+def test_every_setting_that_is_shown_is_there():
+    fields = set(Sega.__dataclass_fields__)
+    for text in (SHOWN["verl"], RUN):
+        keys = re.findall(r"\+algorithm\.sega\.(\w+)=", text)
+        assert keys and set(keys) <= fields
+        assert "trainer.v1.trainer_mode=sega" in text and "algorithm.adv_estimator=sega" in text
+        assert "VERL_USE_EXTERNAL_PLUGINS=gem_kernels" in text
+    config = yaml.safe_load(SHOWN["slime_config"])["gem_sega"]
+    assert slime.settings_of(config, "gem_sega").marker == [[820], [4242]]
+    tomllib = pytest.importorskip("tomllib")
+    loss = tomllib.loads(SHOWN["prime_rl_loss"])["trainer"]["loss"]
+    assert set(loss["kwargs"]) <= set(inspect.signature(prime_rl.sega_loss).parameters)
+    assert yaml.safe_load(SHOWN["axolotl"])["plugins"] == ["gem_kernels.integrations.axolotl.GemKernelsPlugin"]

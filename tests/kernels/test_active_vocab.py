@@ -260,6 +260,20 @@ def test_same_bits_twice_and_the_callers_random_state_is_left_alone():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("rows", (16, 64), ids=["a slice at a time", "whole"])
+def test_a_weight_of_another_dtype(rows):
+    """As one converted by the caller: the same columns, and the same gradients up to rounding."""
+    low = torch.bfloat16
+    hidden, weight, bias, targets, a = problem()
+    options = {"active_vocab": 2**-10, "workspace_bytes": room(V, rows, low)}
+    want, *exact = run(hidden.to(low), weight.to(low), bias, targets, a, **options)
+    out, *grads = run(hidden.to(low), weight, bias, targets, a, compute_dtype=low, **options)
+    assert out.active_share == want.active_share < active_vocab.DENSE_SHARE
+    assert [x.dtype for x in grads] == [low, torch.float32]
+    for x, y in zip(grads, exact):
+        assert error(x, y.double()) < 2.0**-8
+
+
 @pytest.mark.parametrize("n", (1, 2, 17))
 def test_few_rows(n):
     hidden, weight, bias, targets, _ = problem()

@@ -195,6 +195,7 @@ def test_the_default_workspace_of_a_gpu(words, logits_dtype, rows):
     parameters = head.HeadParameters(
         torch.empty(words, 8, dtype=torch.bfloat16, device=META),
         None,
+        torch.bfloat16,
         logits_dtype or torch.bfloat16,
         head.WORKSPACE_BYTES,
         tile_rows=head.TILE_ROWS,

@@ -21,7 +21,7 @@ STAGES = [
     "backends.triton",
     "backends.cpu",
     "backends",
-    "logit_stats scores losses answers",
+    "logit_stats scores losses answers score_file",
     "linear",
     "integrations",
 ]

@@ -70,7 +70,22 @@ def packed(hidden, weight, targets, temperature=1.0, softcap=9.0):
     return (out.advantages.repeat_interleave(T) * out.logprobs).sum(), out.score
 
 
-FUNCTIONS = {f.__name__: f for f in (stats, score, packed, sega, policy)}
+def mixed(hidden, weight, targets, temperature=1.0, softcap=9.0):
+    """A float32 weight and bfloat16 hidden states; then autocast."""
+    options = {"temperature": temperature, "softcap": softcap}
+    low = (hidden * 2).bfloat16()
+    one = gem_kernels.linear_token_stats(low, weight, targets, compute_dtype=torch.bfloat16, **options)
+    out = gem_kernels.fused_linear_sega_loss(
+        low, weight, targets, **spans(targets), **options, compute_dtype=torch.float32
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        two = gem_kernels.linear_token_stats(hidden * 2, weight, targets, **options)
+        more = gem_kernels.fused_linear_sega_loss(hidden * 2, weight, targets, **spans(targets), **options)
+    loss = (one.logprobs + 0.1 * one.entropy + two.logprobs).sum() + out.loss + more.loss
+    return loss, torch.stack([one.entropy, two.entropy])
+
+
+FUNCTIONS = {f.__name__: f for f in (stats, score, packed, sega, policy, mixed)}
 
 
 def run(function, given, *more):
@@ -118,18 +133,23 @@ def test_bad_input_is_the_same_value_error():
         compiled(targets + V)
 
 
-def flat(dtype=torch.float32, **options):
+def flat(dtype=torch.float32, head=None, **options):
     hidden, weight, targets = inputs()
-    bias = torch.zeros(V, dtype=dtype, requires_grad=True)
-    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    bias = torch.zeros(V, dtype=head or dtype, requires_grad=True)
+    hidden, weight = (x.detach().to(d).requires_grad_() for x, d in ((hidden, dtype), (weight, head or dtype)))
     given = LinearArguments(
         hidden, weight, targets, bias, 0.7, None, 1.0, IGNORE, None, None, None, "auto",
+        compute_dtype=None if head is None else torch.bfloat16,
     )  # fmt: skip
     return operators._flat(given, *options.get("more", ()))
 
 
-def test_opcheck_of_the_statistics():
-    arguments = flat()
+HEADS = [(torch.float32, None), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "head"), HEADS, ids=str)
+def test_opcheck_of_the_statistics(dtype, head):
+    arguments = flat(dtype, head)
     rows = torch.arange(0, 24, 2)
     results = torch.library.opcheck(torch.ops.gem_kernels.linear_stats.default, (*arguments, rows))
     assert set(results.values()) == {"SUCCESS"}
@@ -141,9 +161,9 @@ def test_opcheck_of_the_statistics():
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck_of_sega(dtype):
-    arguments = flat(dtype, more=(1.0, 1e-4, 0.1, 2.0))
+@pytest.mark.parametrize(("dtype", "head"), [(torch.float16, None), *HEADS], ids=str)
+def test_opcheck_of_sega(dtype, head):
+    arguments = flat(dtype, head, more=(1.0, 1e-4, 0.1, 2.0))
     layout = spans(arguments[2])
     more = (
         layout["completion_mask"], None, layout["answer_start"], 2, None, 0, "tail", None, "identity", "none", None,

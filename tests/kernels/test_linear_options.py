@@ -60,12 +60,12 @@ def test_no_rows_and_all_rows(device):
 @pytest.mark.parametrize("path", ["stats", "score", "sega, given advantages", "sega, two phase", "policy"])
 @pytest.mark.parametrize("rows", [2, 30], ids=["two rows a chunk", "30"])
 @pytest.mark.parametrize("active_vocab", [None, 2.0**-6])
-def test_autocast_changes_nothing(path, rows, active_vocab, device):
+def test_autocast_changes_nothing_of_a_given_dtype(path, rows, active_vocab, device):
     """Float32 products stay float32: of chunks of few rows, and of the active vocabulary."""
     if active_vocab is not None and path == "score":
         pytest.skip("fused_linear_entropy_score has no active_vocab")
     p = problem(60, V=400, D=16, device=device, bias=False, ignored=0.0)
-    options = {} if active_vocab is None else {"active_vocab": active_vocab}
+    options = {"compute_dtype": torch.float32} | ({} if active_vocab is None else {"active_vocab": active_vocab})
     results = []
     for on in (False, True):
         leaves = p.leaves()

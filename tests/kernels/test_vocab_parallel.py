@@ -72,8 +72,11 @@ def problem(name: str, dtype: str = "float32") -> dict:
         options["ignore_index"] = -100
     grads = normal(2, B, T)
     cast = getattr(torch, dtype)
-    bias = None if bias is None else bias.to(cast)
-    head = {"hidden": hidden.to(cast), "weight": weight.to(cast), "bias": bias, "targets": targets}
+    of_head = torch.float32 if name == "mixed" else cast
+    bias = None if bias is None else bias.to(of_head)
+    head = {"hidden": hidden.to(cast), "weight": weight.to(of_head), "bias": bias, "targets": targets}
+    if name == "mixed":
+        options["compute_dtype"] = cast
     return {**head, "mask": mask, "options": options, "grads": grads}
 
 
@@ -85,6 +88,7 @@ CASES += [("even", kind, "bfloat16") for kind in KINDS] + [("uneven", kind, "bfl
 CASES += [("plain", "policy", dtype) for dtype in EPS] + [("plain", "stats", "bfloat16"), ("even", "policy", "float32")]
 CASES += [("long", kind, "float32") for kind in ("stats", "policy")]
 CASES += [(name, kind, "float32") for name in ("masked", "special", "confident") for kind in ("stats", "policy")]
+CASES += [("mixed", kind, "bfloat16") for kind in ("stats", "policy", "sega_two_phase")]
 # Those that also run with `vocab_starts`.
 STARTS = [("uneven", kind, "bfloat16") for kind in KINDS]
 
@@ -131,7 +135,7 @@ def run(kind: str, p: dict, rows: int = 10_000, backward: bool = True, **more) -
 def workspace(kind: str, p: dict, largest: int) -> int:
     """For chunks of CHUNK rows, or of all rows where a chunk must hold a group."""
     rows = 2 * T if kind == "sega_one_shot" else CHUNK
-    return room(largest, rows, p["weight"].dtype)
+    return room(largest, rows, p["hidden"].dtype)
 
 
 def shard(p: dict, sizes: list[int], rank: int) -> dict:
@@ -270,6 +274,7 @@ def test_shards_give_the_numbers_of_the_whole_head(ranks, k, name, kind, dtype):
     got, one = whole(ranks, k, name, kind, dtype), run(kind, p, bound)
     assert got.keys() == one.keys()
     p32 = problem(name, dtype)
+    p32["options"].pop("compute_dtype", None)
     p32 = {**p32, **{x: None if p32[x] is None else p32[x].float() for x in ("hidden", "weight", "bias")}}
     exact = run(kind, p32, 2 * bound) if dtype == "bfloat16" else one
     for field in got:
@@ -315,7 +320,7 @@ def test_collectives(ranks, k, kind):
     calls = ranks[0]["calls", k, "uneven", kind, "bfloat16"]
     same, given = ranks[0]["given", k, "uneven", kind, "bfloat16"]
     assert same
-    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 11 and calls[1:] == given
+    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 12 and calls[1:] == given
     rows = B * T if kind in ("stats", "policy") else int(problem("uneven")["mask"].sum())
     chunks = [10, 11] if kind == "sega_one_shot" else [CHUNK] * (rows // CHUNK) + [rows % CHUNK]
     if kind == "sega_frozen":  # of each group, what is over first

@@ -28,6 +28,11 @@ TRAINERS = {
         {"TORCH_COMPILE_DISABLE": "1"},
     ),
     "prime_rl": ("", "", {}),  # from a clone: PRIME_RL
+    "axolotl": (
+        "axolotl==0.19.0",
+        """transformers==5.16.1 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 trl==1.9.0 addict pydantic==2.12.5""",
+        {},
+    ),
 }
 
 
