@@ -210,7 +210,7 @@ def _counting() -> Counter | None:
     return next((mode for mode in modes if isinstance(mode, Counter)), None)
 
 
-def _rows_forward(rows: Tensor, targets: Tensor, options) -> RowStats:
+def _rows_forward(rows: Tensor, targets: Tensor, options, out=None, extra=None) -> RowStats:
     counter = _counting()
     if counter is not None:
         counter.row_counts.add(len(targets))
