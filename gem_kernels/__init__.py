@@ -9,6 +9,7 @@ the SEGA loss (GEM, arXiv 2511.13007), without a second tensor of the size of th
                            answer_start_from_offsets, from character offsets)
     fused_entropy_score    the three in one
     sega_loss              logits -> the SEGA loss
+    read_score_file        the score.json of `gem calibrate` -> its `LinearScore`
 
 and from hidden states, where the logits never exist whole:
 
@@ -24,6 +25,7 @@ from .linear.sega_loss import fused_linear_sega_loss
 from .linear.stats import fused_linear_entropy_score, linear_token_stats
 from .logit_stats import token_stats
 from .losses import sega_loss
+from .score_file import ScoreFile, read_score_file
 from .scores import completion_features, entropy_scores, fused_entropy_score, group_advantages, num_fork_tokens
 from .types import (
     CompletionFeatures,
@@ -42,6 +44,7 @@ __all__ = [
     "EntropyScores",
     "LinearScore",
     "PolicyLossOutput",
+    "ScoreFile",
     "SegaOutput",
     "TokenStats",
     "VocabParallel",
@@ -56,6 +59,7 @@ __all__ = [
     "group_advantages",
     "linear_token_stats",
     "num_fork_tokens",
+    "read_score_file",
     "sega_loss",
     "token_stats",
 ]

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from gem.calibration.features import FEATURES
 from gem.errors import UserError
 from gem.statistics import Estimate
+from gem_kernels import read_score_file
 
 KIND = "gem-score"
 VERSION = 1
-MAX_BYTES = 8 << 20
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -155,52 +155,14 @@ def write_score(score: Score, path: str | Path) -> Path:
 
 def read_score(path: str | Path) -> Score:
     """The score in the file, or one `UserError` that says what is wrong with it. Nothing in the file is run."""
-    path = Path(path).expanduser()
-    text = _read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{path}: not JSON: {words}; make it anew with gem calibrate") from error
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise UserError(f'{path}: not a score: expected "kind": "{KIND}"; give the score.json of gem calibrate')
-    if content.get("version") != VERSION or isinstance(content["version"], bool):
-        raise UserError(
-            f"{path}: expected version {VERSION} of the format, got {_short(content.get('version'))}; "
-            "make it anew with gem calibrate"
-        )
+        found = read_score_file(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     try:
-        return Score.model_validate_json(text)
+        return Score.model_validate_json(json.dumps(found.content))
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}; make it anew with gem calibrate") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror or error}; give a score.json") from error
-    if len(raw) > MAX_BYTES:
-        raise UserError(
-            f"{path}: larger than {MAX_BYTES >> 20} MiB, so not a score; give the score.json of gem calibrate"
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text, so not a score; give the score.json of gem calibrate") from error
-
-
-def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        names = [name for name, _ in items]
-        raise ValueError(f"the key {_short(next(n for n in names if names.count(n) > 1))} is given twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a finite number")
+        raise UserError(f"{found.path}: {_first_problem(error)}; make it anew with gem calibrate") from error
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -55,7 +55,7 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "mixed", "sharded", "trl", "verl", "scores", "starts"}
+    assert set(BLOCKS) == {"logits", "model", "policy", "mixed", "sharded", "trl", "sega", "verl", "scores", "starts"}
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -168,3 +168,19 @@ def test_trl(names, tmp_path):
     exec(BLOCKS["trl"], names)
     assert calls == [True] and trl.trainer.utils._ChunkedLogProbFunction is own
     assert not torch.equal(before, names["trainer"].model.lm_head.weight.detach().cpu())
+
+
+def test_sega(names, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    from tests.integrations.tiny import tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    names |= {"tokenizer": tiny_tokenizer(V), "dataset": datasets.Dataset.from_dict({"prompt": ["w1 w2", "w4 w5"]})}
+    names["settings"] = {
+        "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1,
+        "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 1,
+    }  # fmt: skip
+    exec(BLOCKS["sega"], names)
+    assert "gem/score" in names["trainer"].state.log_history[0]
