@@ -397,6 +397,7 @@ BAD = {
         (torch.tensor(1.0).requires_grad_(), "requires_grad"),
     ],
     "extra": [("margin", "'margin'"), (None, "None"), ([0], r"\[0\]"), (["margins"], "'margin'"), (("no",), "'no'")],
+    "vocab_parallel": [((0, 7), r"\(0, 7\)"), ("world", "'world'")],
     "cu_seqlens": [
         (int32(0, 6).float(), "float32"),
         ([0, 6], "list"),

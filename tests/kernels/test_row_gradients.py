@@ -211,7 +211,7 @@ def test_token_stats_launches_its_kernel_and_nothing_else(monkeypatch):
     launch = pytest.importorskip("gem_kernels.backends.triton.launch")
     seen = Launches()
     monkeypatch.setattr(logit_stats, "check_values", lambda *_: None)
-    monkeypatch.setattr(launch, "row_stats_forward", lambda rows, y, options, out: seen.names.append("forward"))
+    monkeypatch.setattr(launch, "row_stats_forward", lambda rows, y, options, out, extra: seen.names.append("forward"))
     monkeypatch.setattr(launch, "row_stats_backward", lambda *_: seen.names.append("backward"))
     logits, targets = make(64, 40)
     logits.requires_grad_()
