@@ -174,7 +174,8 @@ def test_shards_give_the_numbers_of_the_whole_rows(ranks, name, kind, dtype):
 
 @pytest.mark.parametrize(("name", "kind", "dtype"), CASES)
 def test_collectives(ranks, name, kind, dtype):
-    """One gather of four numbers a row (and one for each optional statistic), one exchange without `vocab_starts`; none in backward."""
+    """One gather of four numbers a row, and of one for each optional statistic; one exchange without `vocab_starts`;
+    none in backward."""
     found, calls = ranks[0][False, name, kind, dtype]
     again, given_calls = ranks[0][True, name, kind, dtype]
     numbers = 4 + (len(EXTRA_STATS) if name == "extra" else 0)
