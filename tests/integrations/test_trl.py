@@ -373,3 +373,12 @@ def test_the_example_runs(models, tmp_path, capsys):
         warnings.filterwarnings("ignore", module="trl|transformers|torch")
         trainer = main(str(models / "dense"), str(tmp_path), **settings, use_cpu=True, bf16=False, disable_tqdm=True)
     assert len(losses(trainer)) == 2 and utils._ChunkedLogProbFunction is own
+
+
+def test_the_comparison_runs():
+    from bench.trl_methods import compare
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="trl|transformers|torch")
+        own, ours, peaks = compare("KTO", 1, (V, 16, 2, 8))
+    assert len(own) == len(ours) == 1 and min(own + ours) > 0 and peaks.keys() == {"own", "ours"}
