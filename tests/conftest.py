@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import signal
 import tempfile
@@ -11,18 +13,25 @@ from pathlib import Path
 
 import pytest
 
+# Imports make a million objects that stay; each search of all of them for cycles takes half a second.
+gc.disable()
+
 # Read by every library of threads when it is loaded; the processes of tests inherit it. Workers that share the cores
 # would wait for each other's threads: two workers of two threads each took twice the time of one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     _shared = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(_shared))
 
-import torch
-from filelock import FileLock
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 # Read when a kernel is defined, so before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 
 # Files that compare no floating-point numbers. `make test-numerics` runs all others again: the mark `numerical`.
@@ -41,6 +50,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.relative_to(here).with_suffix("").as_posix() not in WITHOUT_NUMBERS:
             item.add_marker(pytest.mark.numerical)
+
+
+def pytest_collection_finish():
+    gc.set_threshold(20_000, 10, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
