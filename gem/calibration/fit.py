@@ -241,7 +241,7 @@ def pair_accuracy(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 
     Wilson's where each prompt has one pair, else a bootstrap over prompts; where all pairs agree a bootstrap has no
     width, so it is Wilson's of the number of prompts.
     """
-    found = share_estimate(_wins(margins), prompts, seed)
+    found = share_estimate(pair_wins(margins), prompts, seed)
     if found.value in (0.0, 1.0):
         number = len(set(prompts))
         return Estimate(found.value, *wilson_interval(found.value * number, number), found.count)
@@ -279,7 +279,7 @@ def judge(
     direction = LONGER if accuracy[LONGER].value > accuracy[SHORTER].value else SHORTER
     length = accuracy[direction]
     alone = f"Length alone ({'longer' if direction == LONGER else 'shorter'} is better) does so in {_words(length)}"
-    gain = mean_estimate(_wins(margins[CALIBRATED]) - _wins(margins[direction]), prompts, seed)
+    gain = mean_estimate(pair_wins(margins[CALIBRATED]) - pair_wins(margins[direction]), prompts, seed)
     difference = f"the difference is {_words(gain, '+.2f')}"
     if length.low > 0.5 and gain.low <= 0:
         words = f"Explained by length. {told} {alone}: {difference}, so these pairs show nothing beyond length."
@@ -292,7 +292,8 @@ def _words(estimate: Estimate, form: str = ".2f") -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def _wins(margins: np.ndarray) -> torch.Tensor:
+def pair_wins(margins: np.ndarray) -> torch.Tensor:
+    """1 where S(a+) > S(a-), 0 where it is the other way, a tie one half: float64, shaped like the margins."""
     return torch.from_numpy((np.sign(margins) + 1) / 2)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gem.calibration.features import CALIBRATED, FEATURES, feature_columns, linear_score, plain_scores
-from gem.calibration.fit import MIN_PROMPTS, PairCalibration, PairFeatures, calibrate, candidate_scales, pair_accuracy
+from gem.calibration.fit import MIN_PROMPTS, PairCalibration, PairFeatures, calibrate, candidate_scales, pair_wins
 from gem.calibration.probability import fit_platt
 from gem.calibration.samples import evaluate_samples
 from gem.calibration.score_file import Platt, Samples, hash_pairs
@@ -21,6 +21,7 @@ from gem.model.forward import Policy, measured_stats
 from gem.progress import Bar
 from gem.rollout.sample import Sampler, given_completions, roll_out
 from gem.scoring.score import ScoredRollout, rollout_features, score_rollout
+from gem.statistics import mean_estimate
 from gem_kernels import CompletionFeatures
 
 PromptIds = tuple[int, ...]
@@ -166,8 +167,9 @@ def calibrate_policy(
 
     Args:
         own: `right_and_wrong` of the candidates; None: no answer is known.
-        fit_to: "pairs": the given ones. "candidates": `own`. "auto": `own` where it has at least `MIN_PROMPTS` prompts
-            and the score fitted to it ranks them no worse than the one fitted to the given pairs, both held out.
+        fit_to: "pairs": the given ones. "candidates": `own`. "auto": `own` where it has at least `MIN_PROMPTS` prompts,
+            unless the score fitted to the given pairs ranks them better (the 95 % interval of the difference in pair
+            accuracy, both held out, lies above 0).
 
     Raises:
         UserError: fit_to is "candidates", and fewer than 2 prompts have right and wrong candidates; or as `calibrate`.
@@ -197,10 +199,9 @@ def calibrate_policy(
     if fit_to == "pairs" or own is None or number < MIN_PROMPTS:
         return of_pairs
     of_own = fit(own, given)
-    differences = (own.chosen - own.rejected)[:, feature_columns(features)]
-    margins = (differences * of_pairs.unseen_weights(own.prompts)).sum(1)
-    better = pair_accuracy(of_own.held_out, own.prompts).value >= pair_accuracy(margins, own.prompts).value
-    return of_own if better else of_pairs
+    margins = ((own.chosen - own.rejected)[:, feature_columns(features)] * of_pairs.unseen_weights(own.prompts)).sum(1)
+    gain = mean_estimate(pair_wins(margins) - pair_wins(of_own.held_out), own.prompts, seed)
+    return of_pairs if gain.low > 0 else of_own
 
 
 def candidate_scores(fitted: PairCalibration, prompts: Sequence[PromptIds], candidates: ScoredRollout) -> np.ndarray:

@@ -208,7 +208,7 @@ class CalibrationSettings(Section):
     )
     calibrate_on: Literal["auto", "pairs", "candidates"] = setting(
         "auto", "calibrated: fitted to the given pairs; to right and wrong candidates of their prompts; or, auto, to "
-        "what ranks these better"
+        "these unless the pairs are clearly better"
     )  # fmt: skip
     recalibrate_steps: int = setting(0, "calibrated: fitted again every so many steps of the objective; 0: once", ge=0)
     gate: Literal["stop", "warn", "off"] = setting(

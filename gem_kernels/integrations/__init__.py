@@ -1,2 +1,2 @@
-"""Hidden states and output head out of other libraries' models, one file a library.
+"""Other libraries' models and trainers with this package's kernels, one file a library.
 Importing gem_kernels imports none of them."""

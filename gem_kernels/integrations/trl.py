@@ -13,10 +13,7 @@ TRL 1.16. Importing this imports trl; importing gem_kernels does not import this
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor
 from .. import arguments
 from ..linear.stats import linear_token_stats
 from ..logit_stats import token_stats
+from .swap import Ours, Swap, check_parameters
 
 WRITTEN_FOR = "1.16"
 
@@ -68,61 +66,18 @@ def use_gem_kernels() -> Swap:
     """
     utils = trl.trainer.utils
     if any(isinstance(found, Ours) for found in vars(utils).values()):
-        return Swap({})
+        return Swap("trl", {})
     for name, parameters in PARAMETERS.items():
         found = getattr(utils, name, None)
         function = getattr(found, "forward", None) if name == HEAD else found
-        if function is None or " ".join(inspect.signature(function).parameters) != parameters:
-            expected = f"{WRITTEN_FOR}, whose trl.trainer.utils.{name} takes ({parameters.replace(' ', ', ')})"
-            got = "without it" if function is None else f"whose one takes {inspect.signature(function)}"
-            arguments.fail("trl", f"of version {expected}", f"{trl.__version__}, {got}")
+        check_parameters("trl", WRITTEN_FOR, trl.__version__, f"trl.trainer.utils.{name}", function, parameters)
     ours: dict[str, Callable[..., Any]] = {
         HEAD: head,
         "selective_log_softmax": logprobs,
         "entropy_from_logits": entropy,
         "selective_log_softmax_and_entropy": logprobs_and_entropy,
     }
-    return Swap({getattr(utils, name): Ours(getattr(utils, name), function) for name, function in ours.items()})
-
-
-class Swap:
-    """TRL's objects -> what stands in their place, in every module of TRL that has them."""
-
-    def __init__(self, pairs: dict[Any, Ours]):
-        self.pairs = pairs
-        _exchange(pairs)
-
-    def undo(self) -> None:
-        _exchange({ours: own for own, ours in self.pairs.items()})
-        self.pairs = {}
-
-    def __enter__(self) -> Swap:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-
-class Ours:
-    """In the place of a function of TRL's, or of an autograd.Function's `apply`."""
-
-    def __init__(self, own: Any, function: Callable[..., Any]):
-        self.own, self.function = getattr(own, "apply", own), function
-        self.__doc__, self.__name__ = own.__doc__, own.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.function(*args, **kwargs)
-        return self.own(*args, **kwargs) if result is None else result
-
-    apply = __call__
-
-
-def _exchange(pairs: dict[Any, Any]) -> None:
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "trl" and isinstance(module, ModuleType):
-            for key, value in list(vars(module).items()):
-                if callable(value) and not inspect.ismodule(value) and value.__hash__ and value in pairs:
-                    setattr(module, key, pairs[value])
+    return Swap("trl", {getattr(utils, name): Ours(getattr(utils, name), function) for name, function in ours.items()})
 
 
 # Each function takes what TRL's takes, and returns what that returns, or None where it does not compute it.

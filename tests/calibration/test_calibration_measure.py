@@ -36,6 +36,7 @@ from gem.rollout.sample import given_completions
 from gem.scoring.score import rank_candidates
 from tests.helpers import END, FORM, encode, save_tiny, tiny_model
 
+COLUMNS = [FEATURES.index(name) for name in DEFAULT_FEATURES]
 TEXTS = ("2 + 2 = 4\nFinal Answer: 4", "Final Answer: 5", "so it is\nFinal Answer: 12", "x\nFinal Answer: 1", "no")
 
 
@@ -212,7 +213,7 @@ def own_pairs(rng, number, column, sign):
     return PairFeatures(right, wrong, [100 + i // 2 for i in range(2 * number)])
 
 
-def test_auto_takes_what_ranks_the_models_own_answers_better(made):
+def test_auto_takes_the_models_own_answers_unless_the_pairs_are_clearly_better(made):
     given, pool, rng = made
     fit = partial(calibrate_policy, given, pool, features=DEFAULT_FEATURES)
     other = own_pairs(
@@ -220,10 +221,16 @@ def test_auto_takes_what_ranks_the_models_own_answers_better(made):
     )  # its right answers have a low mean entropy, which the given pairs know nothing of
     assert fit(other).fitted_to == "candidates" and fit(other).weights[2] < -0.1
     assert fit(other, fit_to="pairs").fitted_to == "pairs" and fit(None).fitted_to == "pairs"
-    # Half of the prompts the one way and half the other: left out, each is judged by a majority of the others.
-    noise = PairFeatures(np.zeros((12, 9)), np.zeros((12, 9)), list(range(100, 112)))
-    noise.chosen[:, 5] = np.tile([1.0, -1.0], 6)
-    assert fit(noise, fit_to="candidates").pair_accuracy["calibrated"].value < 1 and fit(noise).fitted_to == "pairs"
+    # What is right goes the one way in half of the prompts, the other way in the rest: left out, each prompt is judged
+    # by a majority of the others, and all are lost. The given pairs know nothing of that feature, so they win.
+    lost = PairFeatures(np.zeros((16, 9)), np.zeros((16, 9)), list(range(100, 116)))
+    lost.chosen[:, 3], lost.chosen[:, 5] = np.tile([1.0, -1.0], 8), 1e-3
+    assert fit(lost).fitted_to == "pairs" and fit(lost, fit_to="candidates").fitted_to == "candidates"
+    # Noise, on which the pairs do better by luck: such a difference is none.
+    noise = own_pairs(np.random.default_rng(5), 12, 3, 0)
+    own = calibrate(noise.chosen, noise.rejected, noise.prompts, scales=np.ones(9), given=given).held_out
+    by_pairs = (noise.chosen - noise.rejected)[:, COLUMNS] @ np.asarray(fit(noise, fit_to="pairs").linear[1])
+    assert (own > 0).mean() < (by_pairs > 0).mean() and fit(noise).fitted_to == "candidates"
     few = own_pairs(rng, 7, 3, -1)
     assert fit(few).fitted_to == "pairs" and fit(few, fit_to="candidates").fitted_to == "candidates"
     for pairs, number in ((None, 0), (own_pairs(rng, 1, 3, -1), 1)):

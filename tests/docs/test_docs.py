@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from tests.kernels.helpers import assert_near
 
 TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+# Run with stand-ins for the trainers, which are not installed here: tests/integrations/test_others.py.
+OTHERS = {"openrlhf", "prime_rl"}
 BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", TEXT, flags=re.DOTALL))
 V = 67
 
@@ -54,7 +56,18 @@ def gradients(loss, model):
 
 
 def test_every_block_is_run_here():
-    assert set(BLOCKS) == {"logits", "model", "policy", "mixed", "trl", "sega", "verl", "scores", "starts"}
+    assert set(BLOCKS) == {
+        "logits",
+        "model",
+        "policy",
+        "mixed",
+        "trl",
+        "sega",
+        "logits_dtype",
+        "scores",
+        "starts",
+        *OTHERS,
+    }
 
 
 @pytest.mark.parametrize("block", ["logits", "model", "policy"])
@@ -90,17 +103,17 @@ def test_mixed():
     assert_near(names["stats"].logprobs, logp.diagonal())
 
 
-def test_verl():
+def test_logits_dtype():
     """Within float32 of float64 on bfloat16 inputs, where bfloat16 logits are not."""
-    names = {}
-    exec(BLOCKS["verl"], names)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 9, 64, generator=generator).bfloat16()
     weight = torch.randn(301, 64, generator=generator).mul(0.4).bfloat16()
     ids = torch.randint(0, 301, (1, 9), generator=generator)
+    names = {"hidden": hidden, "weight": weight, "input_ids": ids}
+    exec(BLOCKS["logits_dtype"], names)
     logp = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)
     exact = (logp.gather(-1, ids[..., None])[..., 0].float(), -(logp.exp() * logp).sum(-1).float())
-    for got, want in zip(names["FusedLinearForPPO"]()(hidden, weight, ids, 0.7), exact):
+    for got, want in zip((names["stats"].logprobs, names["stats"].entropy), exact):
         assert_near(got, want, 2.0**-20)
     rounded = names["linear_token_stats"](hidden, weight, ids, temperature=0.7)
     assert (rounded.logprobs - exact[0]).abs().max() > 2.0**-10

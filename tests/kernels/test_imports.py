@@ -108,11 +108,12 @@ def test_the_count_sees_every_kind_of_parameter():
 
 
 def test_gem_kernels_knows_nothing_of_gem_and_little_else():
-    """torch and triton; an integration its own trainer (the first word of its name), and peft beside it."""
+    """torch and triton; an integration its own trainer (its name, or the first word), and peft and trl beside it."""
     for name, path in files("gem_kernels").items():
         allowed = {"torch", "triton", "gem_kernels", *sys.stdlib_module_names}
         if name.startswith("integrations."):
-            allowed |= {name.split(".")[1].partition("_")[0], "peft"}
+            own = name.removeprefix("integrations.")
+            allowed |= {own, own.partition("_")[0], "peft"} | ({"trl"} if own == "axolotl" else set())
         for module, _ in imports(path, "gem_kernels"):
             assert module.split(".")[0] in allowed, f"gem_kernels/{name} imports {module}"
 
