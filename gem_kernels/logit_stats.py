@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import arguments
 from .backends.rows import check_values, row_view, rows_backward, rows_forward
 from .backends.types import RowGradients, RowOptions, RowStats
-from .types import TokenStats
+from .types import TokenStats, VocabParallel
+from .vocab_parallel import IGNORED, LOGITS_FACTS, MERGED_BYTES, Shards, check_group, check_whole, meet
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
@@ -176,6 +177,34 @@ def _backward(ctx, grad_logprobs, grad_entropy, _max, _sum):
 row_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _sharded_row_stats(
+    logits: Tensor, shards: Shards, targets: Tensor, temperature: float, temperatures: Any, softcap: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    """As `_row_stats`, of the whole vocabulary: `logits` are this rank's, `targets` local. One all_gather, or a few."""
+    options = RowOptions(temperature, temperatures, softcap, *rest)
+    stats = torch.empty(4, targets.numel(), dtype=torch.float32, device=logits.device)
+    rows, flat = _flat_rows(logits, targets)
+    rows_forward(rows, flat, options, RowStats(*stats.unbind()))
+    shards.merge_all(stats, flat, options, MERGED_BYTES, 1)
+    return tuple(x.reshape(targets.shape).clone() for x in stats)
+
+
+class _ShardedRowStats(torch.autograd.Function):
+    """Backward is this rank's alone: the gradient of its words needs the statistics of the whole row, which it has."""
+
+    @staticmethod
+    def forward(ctx, logits, shards, *after):
+        out = _sharded_row_stats(logits, shards, *after)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, (logits, *after), out)
+        return out
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        grad, *others = _backward(ctx, *upstream)
+        return grad, None, *others
+
+
 class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *after):
@@ -208,9 +237,12 @@ class _RowStatsInPlace(torch.autograd.Function):
     """Of the slice of `memory`; backward writes over it, zeros the rest of `memory`, and returns that."""
 
     @staticmethod
-    def forward(ctx, memory, where, *after):
+    def forward(ctx, memory, where, shards, *after):
         logits = memory[where] if where else memory
-        out = (_row_stats if _unwatched(memory) else row_stats_op)(logits, *after)
+        if shards is not None:
+            out = _sharded_row_stats(logits, shards, *after)
+        else:
+            out = (_row_stats if _unwatched(memory) else row_stats_op)(logits, *after)
         ctx.set_materialize_grads(False)
         ctx.where = where
         _setup_context(ctx, (memory, *after), out)
@@ -228,7 +260,7 @@ class _RowStatsInPlace(torch.autograd.Function):
                 if start < stop:
                     memory.narrow(axis, start, stop - start).zero_()
         # An alias, not the tensor itself: autograd must not take the logits' own history for the gradient's.
-        return memory.detach(), None, None, None, None, None, None, None
+        return memory.detach(), *[None] * 8
 
 
 def _sliced_from(logits: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -262,6 +294,7 @@ def token_stats(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
 ) -> TokenStats:
     """Log-probability of each target and entropy of each row, from one read of the logits.
 
@@ -289,13 +322,18 @@ def token_stats(
             written.
         backend: "auto" (Triton on a GPU; compiled C++ on a CPU, plain torch where no compiler is found), "triton"
             (or an error), "torch" (plain torch).
+        vocab_parallel: a VocabParallel where the last axis of `logits` is this rank's shard of a vocabulary that
+            several ranks share (tensor-parallel logits). `targets` are ids of the whole vocabulary, the same on all
+            ranks. The results are those of the whole rows, on every rank; the gradient is this shard's, and backward
+            needs no other rank. Under torch.compile the graph breaks.
 
     Returns:
         TokenStats(logprobs, entropy), shaped like `targets`, float32. Gradients flow through both to `logits`, in
         torch.func.grad too; forward mode and second derivatives raise an error.
 
     Raises:
-        ValueError: an argument is not as above. A target outside [0, V) raises on the CPU; on a GPU its row is NaN.
+        ValueError: an argument is not as above. A target outside [0, V) raises on the CPU; on a GPU its row is NaN. Of
+            shards without `vocab_starts`, on all ranks if it is on one.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
@@ -304,6 +342,25 @@ def token_stats(
 
     Source: the token entropies of GEM (arXiv 2511.13007), Eq. 1; derivations in docs/math.md.
     """
+    given = (logits, targets, temperature, softcap, ignore_index, inplace_backward, backend)
+    return _whole(given) if vocab_parallel is None else _sharded(given, vocab_parallel)
+
+
+def _whole(given: tuple) -> TokenStats:
+    after, logits, inplace_backward = _checked(*given), given[0], given[5]
+    if torch.compiler.is_compiling():
+        logprobs, entropy, _, _ = row_stats_op(logits, *after)
+    elif inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+        logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), None, *after)
+    else:
+        logprobs, entropy, _, _ = (_RowStatsInTorchFunc if in_torch_func() else _RowStats).apply(logits, *after)
+    return TokenStats(logprobs, entropy)
+
+
+def _checked(
+    logits: Any, targets: Any, temperature: Any, softcap: Any, ignore_index: Any, inplace_backward: Any, backend: Any
+) -> tuple:
+    """What a row operator takes after the logits."""
     arguments.check_logits(logits, targets)
     number, temperatures = arguments.check_temperature(temperature, targets.shape, logits.device)
     softcap = arguments.check_softcap(softcap)
@@ -311,12 +368,29 @@ def token_stats(
     arguments.check_flag("inplace_backward", inplace_backward)
     if inplace_backward and row_view(logits) is None:
         arguments.fail("inplace_backward", "False for logits whose rows are strided or overlap", "True")
-    backend = arguments.check_backend(backend, logits.device)
-    after = (targets, number, temperatures, softcap, ignore_index, backend)
-    if torch.compiler.is_compiling():
-        logprobs, entropy, _, _ = row_stats_op(logits, *after)
-    elif inplace_backward and logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), *after)
+    return targets, number, temperatures, softcap, ignore_index, arguments.check_backend(backend, logits.device)
+
+
+@arguments.not_compiled
+def _sharded(given: tuple, parallel: VocabParallel) -> TokenStats:
+    logits, targets, _, _, ignore_index, inplace_backward, _ = given
+    if check_group(parallel) == 1:
+        stats = _whole(given)
+        check_whole(parallel, logits.shape[-1], "logits")
+        return stats
+    try:
+        _, temperature, temperatures, softcap, _, backend = _checked(*given)
+    except ValueError:
+        meet(parallel, None, targets, ignore_index, LOGITS_FACTS, "logits")
+        raise
+    facts = (logits.shape[-1], targets.numel(), ignore_index)
+    shards = meet(parallel, facts, targets, ignore_index, LOGITS_FACTS, "logits")
+    assert shards is not None
+    check_values(targets, RowOptions(temperature, temperatures, softcap, ignore_index), shards.starts[-1])
+    local = shards.local_targets(targets.to(torch.int64))
+    after = (local, temperature, temperatures, softcap, IGNORED, backend)
+    if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+        logprobs, entropy, _, _ = _RowStatsInPlace.apply(*_sliced_from(logits), shards, *after)
     else:
-        logprobs, entropy, _, _ = (_RowStatsInTorchFunc if in_torch_func() else _RowStats).apply(logits, *after)
+        logprobs, entropy, _, _ = _ShardedRowStats.apply(logits, shards, *after)
     return TokenStats(logprobs, entropy)

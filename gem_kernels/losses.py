@@ -10,7 +10,7 @@ from torch import Tensor
 from . import arguments
 from .logit_stats import token_stats
 from .scores import Spans, completion_scores, counted_targets, group_advantages
-from .types import LinearScore, SegaOutput
+from .types import LinearScore, SegaOutput, VocabParallel
 
 LOSS_TYPES = ("sum", "mean", "token", "constant")
 
@@ -120,6 +120,7 @@ def sega_loss(
     backend: str = "auto",
     score: LinearScore | None = None,
     group_ids: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> SegaOutput:
     """Self-evaluated group advantage loss, from logits.
 
@@ -135,8 +136,8 @@ def sega_loss(
     gradient: dL/dlogprob_{i,t} = -A_i c_i / Z, and nothing flows through the entropy.
 
     Args:
-        logits, targets, completion_mask, cu_seqlens, temperature, softcap, ignore_index, inplace_backward, backend: as
-            for `token_stats` and `entropy_scores`.
+        logits, targets, completion_mask, cu_seqlens, temperature, softcap, ignore_index, inplace_backward, backend,
+            vocab_parallel: as for `token_stats` and `entropy_scores`.
         answer_start, group_size, group_ids, score, fork_weight, top_m, no_answer, valid, mapping, scale, eps: as for
             `fused_entropy_score`. Needed only where `advantages` is not given, but for `valid`.
         advantages: [B]: use these, not the logits' own. Invalid sequences still count for nothing.
@@ -169,6 +170,7 @@ def sega_loss(
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     entropy = stats.entropy.detach()
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)

@@ -14,7 +14,15 @@ from .backends import groups
 from .backends.cpu import span_scores as cpu
 from .backends.types import Completions, ScoreRule
 from .logit_stats import token_stats
-from .types import FEATURES, CompletionFeatures, EntropyScoreOutput, EntropyScores, LinearScore, TokenStats
+from .types import (
+    FEATURES,
+    CompletionFeatures,
+    EntropyScoreOutput,
+    EntropyScores,
+    LinearScore,
+    TokenStats,
+    VocabParallel,
+)
 
 MAPPINGS = ("identity", "softmax", "rank")
 SCALES = ("none", "group")
@@ -357,6 +365,7 @@ def fused_entropy_score(
     backend: str = "auto",
     score: LinearScore | None = None,
     group_ids: Tensor | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> EntropyScoreOutput:
     """Logits -> log-probs, entropies, entropy scores and group advantages, from one read of the logits.
 
@@ -369,6 +378,7 @@ def fused_entropy_score(
         answer_start: [B].
         group_size: G; sequences of one prompt stand together. Or group_ids: [B] integers, equal for one prompt.
         score: a `LinearScore` of named features in place of the paper's score; `fork_weight` is then left out.
+        vocab_parallel: as for `token_stats`.
 
     Returns:
         EntropyScoreOutput: score, final_entropy, fork_entropy, valid, advantages [B]; logprobs and entropy shaped like
@@ -394,6 +404,7 @@ def fused_entropy_score(
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     spans = Spans(completion_mask, cu_seqlens, answer_start, top_m, no_answer, valid, backend)
     scores = completion_scores(stats.entropy, stats.logprobs, spans, fork_weight, score)

@@ -192,13 +192,14 @@ class PolicyLossOutput:
 class VocabParallel:
     """A vocabulary in shards: the ranks of `process_group`, in order, hold the rows of the head's weight (and bias).
 
-    For the `vocab_parallel` of the linear functions. Shards may differ in size. Hidden states and targets (ids of the
-    whole vocabulary), like every other argument, are the same on all ranks, and all ranks make the same calls in the
-    same order, backward included. Results are the same on all ranks, to the bit. The gradient of `hidden` is that of
-    the whole vocabulary, on every rank; those of weight and bias are this shard's.
+    For the `vocab_parallel` of the functions of hidden states, and of those of logits, where each rank has the columns
+    of its words. Shards may differ in size. Hidden states and targets (ids of the whole vocabulary), like every other
+    argument, are the same on all ranks, and all ranks make the same calls in the same order, backward included. Results
+    are the same on all ranks, to the bit. The gradient of `hidden` is that of the whole vocabulary, on every rank (but
+    see `reduce_hidden_grad`); those of weight, bias and logits are this shard's.
 
-    A call with gradients costs one all_gather of 4 numbers a row, and one all_reduce of the gradient of `hidden` a
-    chunk.
+    A call costs one all_gather of 4 numbers a row (one a chunk where the gradients are made in one shot), and, with a
+    gradient of `hidden`, one all_reduce of that a chunk. Logits need nothing in backward.
 
     Example:
         >>> parallel = VocabParallel(torch.distributed.group.WORLD)
@@ -210,6 +211,11 @@ class VocabParallel:
     vocab_starts: Sequence[int] | None = None
     """The first word of each rank's shard and, last, V: k + 1 integers. Without it the ranks exchange their sizes and
     compare their arguments at the start of each call (on a GPU that waits for the device)."""
+    reduce_hidden_grad: bool = True
+    """False: the gradient of `hidden` is this shard's part, and no all_reduce is made. For where the caller's own
+    backward adds the parts up: under sequence parallelism, the backward of the all_gather that made `hidden` is a
+    reduce_scatter. Of parts that are sums already it would make the gradient as many times too large as there are
+    ranks. Weight and bias are not touched by this."""
 
 
 for _type in (TokenStats, CompletionFeatures, EntropyScores, EntropyScoreOutput, SegaOutput, PolicyLossOutput):

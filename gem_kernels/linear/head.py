@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, vocab_parallel
 from ..backends.rows import check_values
 from ..backends.types import RowOptions
-from . import vocab_parallel
 from .active_vocab import check_threshold
 
 WORKSPACE_BYTES = 2**30
@@ -200,13 +199,13 @@ def check_head(given: LinearArguments) -> tuple[HeadParameters, RowOptions]:
         )
         workspace = 0 if given.workspace_bytes is None else head.workspace_bytes
         sizes = (V, targets.numel(), hidden.shape[-1])
-        facts = (*sizes, needs_hidden, needs_head, *dtypes, workspace, given.ignore_index)
+        facts = (*sizes, needs_hidden, needs_head, *dtypes, workspace, given.ignore_index, parallel.reduce_hidden_grad)
         shards = vocab_parallel.meet(parallel, facts, targets, given.ignore_index)
         assert shards is not None
         head, V = replace(head, shards=shards), shards.starts[-1]
         scaled = replace(scaled, ignore_index=vocab_parallel.IGNORED)
-    elif parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:
-        arguments.fail("vocab_starts", f"(0, {V}), as `weight` has it", parallel.vocab_starts)
+    else:
+        vocab_parallel.check_whole(parallel, V, "weight")
     check_values(counted_rows(targets, given.rows, given.ignore_index), options, V)
     return replace(head, active_vocab=check_threshold(given.active_vocab, sharded)), scaled
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, vocab_parallel
 from ..backends.rows import rows_backward, rows_forward
 from ..backends.types import RowGradients, RowStats
-from . import vocab_parallel
 from .active_vocab import ActiveProducts, Report
 from .head import Chunk, HeadParameters, TokenRows
 
@@ -87,7 +86,9 @@ class Products:
         self.grad_bias: Any = torch.zeros(self.V, dtype=torch.float32, device=device) if self.needs_bias else None
         bytes_per_number = 8 if self.converts else 4
         self.slice = max(1, min(self.V, head.workspace_bytes // (bytes_per_number * max(self.D, n_rows))))
-        self.reduction = None if head.shards is None else vocab_parallel.Reduction(head.shards)
+        self.reduction = None
+        if head.shards is not None and head.shards.reduces_hidden:
+            self.reduction = vocab_parallel.Reduction(head.shards)
         self.active = None
         if head.active_vocab is not None and (self.needs_hidden or self.needs_weight):
             more = (head.workspace_bytes, head.compute_dtype)

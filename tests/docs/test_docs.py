@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.kernels.helpers import assert_near
@@ -61,6 +62,7 @@ def test_every_block_is_run_here():
         "model",
         "policy",
         "mixed",
+        "sharded",
         "trl",
         "sega",
         "logits_dtype",
@@ -101,6 +103,22 @@ def test_mixed():
     exec(BLOCKS["mixed"], names)
     logp = (names["hidden"] @ names["weight"].detach().bfloat16().t()).float().log_softmax(-1)
     assert_near(names["stats"].logprobs, logp.diagonal())
+
+
+def test_sharded():
+    """A group of one."""
+    names = {"hidden": torch.randn(5, 8), "targets": torch.arange(5), "starts": (0, 20)}
+    names["my_rows_of_the_weight"] = torch.randn(20, 8)
+    names["my_columns_of_the_logits"] = logits = names["hidden"] @ names["my_rows_of_the_weight"].t()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names["group"] = dist.group.WORLD
+        exec(BLOCKS["sharded"].replace("stats = token_stats", "more = token_stats"), names)
+    finally:
+        dist.destroy_process_group()
+    want = logits.log_softmax(-1).diagonal()
+    assert_near(names["stats"].logprobs, want)
+    assert_near(names["more"].logprobs, want)
 
 
 def test_logits_dtype():

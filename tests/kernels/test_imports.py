@@ -21,6 +21,7 @@ STAGES = [
     "backends.triton",
     "backends.cpu",
     "backends",
+    "vocab_parallel",
     "logit_stats scores losses answers score_file",
     "linear",
     "integrations",

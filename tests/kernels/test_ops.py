@@ -393,6 +393,7 @@ BAD = {
         (torch.ones(2), r"\(2,\)"),
         (torch.tensor(1.0).requires_grad_(), "requires_grad"),
     ],
+    "vocab_parallel": [((0, 7), r"\(0, 7\)"), ("world", "'world'")],
     "cu_seqlens": [
         (int32(0, 6).float(), "float32"),
         ([0, 6], "list"),

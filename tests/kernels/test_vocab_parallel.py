@@ -88,6 +88,7 @@ CASES += [("even", kind, "bfloat16") for kind in KINDS] + [("uneven", kind, "bfl
 CASES += [("plain", "policy", dtype) for dtype in EPS] + [("plain", "stats", "bfloat16"), ("even", "policy", "float32")]
 CASES += [("long", kind, "float32") for kind in ("stats", "policy")]
 CASES += [(name, kind, "float32") for name in ("masked", "special", "confident") for kind in ("stats", "policy")]
+CASES += [("unreduced", kind, "float32") for kind in KINDS]
 CASES += [("mixed", kind, "bfloat16") for kind in ("stats", "policy", "sega_two_phase")]
 # Those that also run with `vocab_starts`.
 STARTS = [("uneven", kind, "bfloat16") for kind in KINDS]
@@ -203,6 +204,35 @@ def errors(group, rank: int, k: int) -> dict[str, str]:
     return found
 
 
+class Gather(torch.autograd.Function):
+    """Sequence parallelism: each rank's rows -> all rows. Backward is a reduce_scatter."""
+
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group, ctx.n = group, len(rows)
+        out = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(out, rows, group=group)
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total[ctx.group.rank() * ctx.n :][: ctx.n], None
+
+
+def sequence_parallel(group, rank: int, k: int, reduces: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of this rank's rows of hidden states, and of its shard."""
+    p = problem("uneven")
+    mine = shard(p, UNEVEN[k], rank)
+    rows = p["hidden"].flatten(0, 1).chunk(k)[rank].clone().requires_grad_()
+    parallel = gk.VocabParallel(group, reduce_hidden_grad=reduces)
+    weight = mine["weight"].clone().requires_grad_()
+    out = gk.linear_token_stats(Gather.apply(rows, group), weight, p["targets"].flatten(), vocab_parallel=parallel)
+    (out.logprobs * p["grads"][0].flatten() + out.entropy).sum().backward()
+    return rows.grad, weight.grad
+
+
 def process(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -217,7 +247,8 @@ def process(folder: str) -> None:
             p, sizes = problem(name, dtype), SIZES.get(name, UNEVEN)[k]
             mine, bound = shard(p, sizes, at), workspace(kind, p, max(sizes))
             with Count() as count:
-                out = run(kind, mine, bound, vocab_parallel=gk.VocabParallel(group))
+                parallel = gk.VocabParallel(group, reduce_hidden_grad=name != "unreduced")
+                out = run(kind, mine, bound, vocab_parallel=parallel)
             starts = (0, *itertools.accumulate(sizes))
             results[k, name, kind, dtype] = out
             results["calls", k, name, kind, dtype] = count.calls
@@ -227,6 +258,7 @@ def process(folder: str) -> None:
                 same = (torch.equal(x, again[field]) for field, x in out.items())
                 results["given", k, name, kind, dtype] = all(same), count.calls
         results["errors", k] = errors(group, at, k)
+        results["gathered", k] = [sequence_parallel(group, at, k, reduces) for reduces in (False, True)]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -248,9 +280,11 @@ def whole(ranks, k, name, kind, dtype) -> dict:
     parts = [ranks[r][k, name, kind, dtype] for r in range(k)]
     for part in parts[1:]:
         for field in part:
-            if field not in ("grad_weight", "grad_bias"):
+            if field not in ("grad_weight", "grad_bias") and (name, field) != ("unreduced", "grad_hidden"):
                 torch.testing.assert_close(part[field], parts[0][field], rtol=0, atol=0, equal_nan=True)
     local = {x: torch.cat([part[x] for part in parts]) for x in ("grad_weight", "grad_bias") if x in parts[0]}
+    if name == "unreduced":
+        local["grad_hidden"] = sum(part["grad_hidden"] for part in parts)
     return {**parts[0], **local}
 
 
@@ -320,7 +354,7 @@ def test_collectives(ranks, k, kind):
     calls = ranks[0]["calls", k, "uneven", kind, "bfloat16"]
     same, given = ranks[0]["given", k, "uneven", kind, "bfloat16"]
     assert same
-    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 12 and calls[1:] == given
+    assert calls[0][:2] == ("gather", torch.int64) and calls[0][2] <= 13 and calls[1:] == given
     rows = B * T if kind in ("stats", "policy") else int(problem("uneven")["mask"].sum())
     chunks = [10, 11] if kind == "sega_one_shot" else [CHUNK] * (rows // CHUNK) + [rows % CHUNK]
     if kind == "sega_frozen":  # of each group, what is over first
@@ -331,6 +365,27 @@ def test_collectives(ranks, k, kind):
         assert given == [x for pair in zip(gathers, sums) for x in pair]
     else:
         assert given == gathers + sums
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_no_reduction_where_none_is_wanted(ranks, k):
+    for kind in KINDS:
+        calls = [ranks[0]["calls", k, name, kind, "float32"] for name in ("uneven", "unreduced")]
+        assert [x for x in calls[0] if x[0] == "gather"] == calls[1]
+        assert any(x[0] == "reduce" for x in calls[0])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_sequence_parallelism_reduces_once(ranks, k):
+    """Left unreduced, the gather's backward makes the gradient right; reduced twice, it counts once for each rank."""
+    p = problem("uneven")
+    hidden, weight = (p[x].flatten(0, -2).clone().requires_grad_() for x in ("hidden", "weight"))
+    out = gk.linear_token_stats(hidden, weight, p["targets"].flatten())
+    (out.logprobs * p["grads"][0].flatten() + out.entropy).sum().backward()
+    for i, times in enumerate((1, k)):
+        found = [ranks[r]["gathered", k][i] for r in range(k)]
+        assert_near(torch.cat([x for x, _ in found]), times * hidden.grad)
+        assert_near(torch.cat([x for _, x in found]), weight.grad)
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -372,6 +427,8 @@ def test_arguments_without_a_group():
     p = problem("uneven")
     with pytest.raises(ValueError, match=r"`vocab_parallel` must be a gem_kernels\.VocabParallel or None"):
         run("stats", p, vocab_parallel=(0, V))
+    with pytest.raises(ValueError, match=r"`reduce_hidden_grad` must be True or False"):
+        run("stats", p, vocab_parallel=gk.VocabParallel(None, reduce_hidden_grad=1))
     for group in (None, "world"):
         with pytest.raises(ValueError, match="`process_group`"):
             run("stats", p, vocab_parallel=gk.VocabParallel(group, (0, V)))

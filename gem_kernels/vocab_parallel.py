@@ -1,7 +1,7 @@
-"""A head whose vocabulary is cut among the ranks of a process group: what one shard cannot know alone.
+"""A vocabulary that is cut among the ranks of a process group: what one shard of it cannot know alone.
 
-Each rank makes the logits of its own words and their statistics by the same row kernels (a target in another shard is
-NO_TARGET there); four numbers a row travel. With (m_l, log s_l, H_l) of shard l, M = max m_l, and
+Each rank has the logits of its own words, and makes their statistics by the same row kernels (a target in another shard
+is NO_TARGET there); four numbers a row travel. With (m_l, log s_l, H_l) of shard l, M = max m_l, and
 
     a_l = (m_l - M) / tau + log s_l        log s = log sum_l e^(a_l)        log w_l = a_l - log s
 
@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import arguments
-from ..backends.types import NO_TARGET, RowOptions, RowStats
-from ..types import FLOOR, VocabParallel
+from . import arguments
+from .backends.types import NO_TARGET, RowOptions, RowStats
+from .types import FLOOR, VocabParallel
 
 # Local marks; no word of a shard has such a number.
 IGNORED = -100
@@ -54,6 +54,8 @@ class Shards:
     rank: int
     ignore_index: int
     """The caller's. Local targets have IGNORED in its place, whatever it is."""
+    reduces_hidden: bool = True
+    """The gradient of the hidden states is summed over the ranks."""
 
     @property
     def count(self) -> int:
@@ -115,6 +117,8 @@ class Shards:
             stats[:, part] = torch.stack(self.merge(RowStats(*stats[:, part]), targets[part], options.of(part)))
 
 
+# What the statistics of given logits are merged within.
+MERGED_BYTES = 64 * 2**20
 # Of `merge`, for each row and rank: four float32, four and some eight more float64.
 BYTES_PER_MERGED_STATISTIC = 128
 
@@ -154,7 +158,12 @@ FACTS = (
     "logits_dtype",
     "workspace_bytes (0: the default)",
     "ignore_index",
+    "reduce_hidden_grad (1 or 0)",
 )
+
+
+# The same, of a call with logits.
+LOGITS_FACTS = (*FACTS[:3], "ignore_index")
 
 
 def check_group(parallel: Any) -> int:
@@ -164,6 +173,7 @@ def check_group(parallel: Any) -> int:
     if not isinstance(parallel, VocabParallel):
         arguments.fail("vocab_parallel", "a gem_kernels.VocabParallel or None", repr(parallel))
     process_group, vocab_starts = parallel.process_group, parallel.vocab_starts
+    arguments.check_flag("reduce_hidden_grad", parallel.reduce_hidden_grad)
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         arguments.fail("process_group", "a torch.distributed process group this rank is in", repr(process_group))
     count = process_group.size()
@@ -176,18 +186,31 @@ def check_group(parallel: Any) -> int:
     return count
 
 
-def meet(parallel: VocabParallel, facts: tuple[int, ...] | None, targets: Any, ignore_index: Any) -> Shards | None:
-    """Where each rank's words begin. Facts of this rank: see FACTS, without the targets' sum; None where its
-    arguments were wrong, so that the other ranks stop too."""
+def check_whole(parallel: Any, V: int, name: str) -> None:
+    """Of a group of one rank, or of none. name: of the tensor that has V words."""
+    if parallel is not None and parallel.vocab_starts is not None and parallel.vocab_starts[1] != V:
+        arguments.fail("vocab_starts", f"(0, {V}), as `{name}` has it", parallel.vocab_starts)
+
+
+def meet(
+    parallel: VocabParallel,
+    facts: tuple[int, ...] | None,
+    targets: Any,
+    ignore_index: Any,
+    names: tuple[str, ...] = FACTS,
+    tensor: str = "weight",
+) -> Shards | None:
+    """Where each rank's words begin. Facts of this rank: see `names`, without the targets' sum; None where its
+    arguments were wrong, so that the other ranks stop too. tensor: what has this rank's words."""
     process_group, vocab_starts = parallel.process_group, parallel.vocab_starts
     rank, count = process_group.rank(), process_group.size()
     if vocab_starts is not None:
         size = vocab_starts[rank + 1] - vocab_starts[rank]
         if facts is not None and facts[0] != size:
-            arguments.fail("weight", f"{size} words, as `vocab_starts` says of rank {rank}", facts[0])
-        return Shards(process_group, tuple(vocab_starts), rank, ignore_index)
+            arguments.fail(tensor, f"{size} words, as `vocab_starts` says of rank {rank}", facts[0])
+        return Shards(process_group, tuple(vocab_starts), rank, ignore_index, parallel.reduce_hidden_grad)
     device = targets.device if isinstance(targets, Tensor) else torch.device("cpu")
-    mine = torch.zeros(1 + len(FACTS), dtype=torch.int64, device=device)
+    mine = torch.zeros(1 + len(names), dtype=torch.int64, device=device)
     if facts is not None:
         size, tokens, *rest = facts
         mine = torch.tensor([1, size, tokens, 0, *rest], dtype=torch.int64, device=device)
@@ -200,10 +223,10 @@ def meet(parallel: VocabParallel, facts: tuple[int, ...] | None, targets: Any, i
     for r, (fine, *theirs) in enumerate(everyone):
         if not fine:
             arguments.fail("process_group", "of ranks whose arguments are right", f"a ValueError on rank {r}")
-        for name, here, there in zip(FACTS[1:], everyone[rank][2:], theirs[1:]):
+        for name, here, there in zip(names[1:], everyone[rank][2:], theirs[1:]):
             if here != there:
                 arguments.fail("process_group", f"of ranks that agree on {name}: {here} here", f"{there} on rank {r}")
     starts = [0]
     for _, size, *_ in everyone:
         starts.append(starts[-1] + size)
-    return Shards(process_group, tuple(starts), rank, ignore_index)
+    return Shards(process_group, tuple(starts), rank, ignore_index, parallel.reduce_hidden_grad)
