@@ -48,7 +48,7 @@ def environment(name: str) -> Path:
     wanted = " ".join([pinned("torch"), *alone.split(), *rest.split()])
     if not done.exists() or done.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         subprocess.run([*pip, pinned("torch"), "setuptools", *rest.split()], check=True)
         if alone:
             subprocess.run([*pip, "--no-deps", *alone.split()], check=True)

@@ -23,6 +23,8 @@ from tests.integrations.others.checks import D, V, compare, exact, inputs, run, 
 
 
 def heads() -> list[types.ModuleType]:
+    if "PRIME_RL" not in os.environ:
+        sys.exit("PRIME_RL is not set: it names a clone of prime-rl")
     folder = Path(os.environ["PRIME_RL"]) / "src" / Path(*integration.LAYERS.split("."))
     parts = integration.LAYERS.split(".")
     for i in range(1, len(parts) + 1):

@@ -33,7 +33,11 @@ def the_plugin() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VERL_USE")}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split()[-2:] == ["False", "function"], out.stdout
-    print("  plugin: loaded and registered where it is named, and only there")
+    code = "import verl; from verl.trainer.ppo.v1 import get_trainer_cls; print(get_trainer_cls('sega').__name__)"
+    environment["VERL_USE_EXTERNAL_MODULES"] = "gem_kernels.integrations.verl_sega"
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split()[-1] == "SegaTrainer", out.stdout
+    print("  plugin: loaded and registered where it is named, and only there; the trainer too")
 
 
 def a_model() -> None:
