@@ -29,7 +29,7 @@ SHAPE = {
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
 }  # fmt: skip
 NAMES = tuple(integration.PARAMETERS)
-STEPS = 3
+STEPS = 5
 
 
 @pytest.fixture
@@ -159,26 +159,35 @@ def test_the_same_losses(kind, models, tokenizer, tmp_path, counted):
     assert counted and all(counted)
 
 
+ALL = {"lora": True, "gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize(
     "kind,name,more",
     [
         ("GRPO", "dense", {"lora": True}),
         ("GRPO", "dense", {"gradient_checkpointing": True}),
         ("GRPO", "dense", {"entropy_coef": 0.1}),
-        ("GRPO", "moe", {}),
-        ("KTO", "moe", {"lora": True}),
+        *((kind, "moe", {}) for kind in KINDS),
+        *((kind, "moe", ALL) for kind in KINDS),
     ],
-    ids=["peft", "checkpointing", "entropy", "moe", "moe-peft"],
+    ids=[
+        "peft",
+        "checkpointing",
+        "entropy",
+        *(f"{kind}-moe{x}" for x in ("", "-peft-checkpointing") for kind in KINDS),
+    ],
 )
 def test_the_same_losses_with(kind, name, more, models, tokenizer, tmp_path, counted):
+    """MoE: with the auxiliary loss of its router."""
     train_both(kind, name, models, tokenizer, tmp_path, **more, max_steps=2)
-    assert all(counted)
+    assert counted and all(counted)
 
 
 @pytest.mark.parametrize(
     "kind,settings",
-    [("SFT", {}), ("KTO", {}), ("GRPO", {}), ("GRPO", {"cast_lm_head_to_fp32": True})],
-    ids=["SFT", "KTO", "GRPO", "fp32-head"],
+    [*((kind, {}) for kind in KINDS), ("GRPO", {"cast_lm_head_to_fp32": True})],
+    ids=[*KINDS, "fp32-head"],
 )
 def test_bf16_autocast_within_trl_s_own_error(kind, settings, models, tokenizer, tmp_path, counted):
     """The first step, where all have the same weights: the gradient's error against float32 is no larger than TRL's."""
@@ -374,3 +383,12 @@ def test_the_example_runs(models, tmp_path, capsys):
         warnings.filterwarnings("ignore", module="trl|transformers|torch")
         trainer = main(str(models / "dense"), str(tmp_path), **settings, use_cpu=True, bf16=False, disable_tqdm=True)
     assert len(losses(trainer)) == 2 and utils._ChunkedLogProbFunction is own
+
+
+def test_the_comparison_runs():
+    from bench.trl_methods import compare
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="trl|transformers|torch")
+        own, ours, peaks = compare("KTO", 1, (V, 16, 2, 8))
+    assert len(own) == len(ours) == 1 and min(own + ours) > 0 and peaks.keys() == {"own", "ours"}

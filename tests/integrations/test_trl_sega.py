@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import runpy
 import warnings
@@ -175,6 +176,24 @@ def test_a_step_is_sega_s(loss_type, theirs, tmp_path):
     loss.loss.backward()
     for (name, a), b in zip(model.named_parameters(), trainer.model.parameters()):
         assert (a.grad - b.grad).norm() <= 1e-3 * a.grad.norm(), name
+
+
+def test_images_reach_the_forward(tmp_path, monkeypatch):
+    """What a multimodal model needs beside the tokens, of TRL's batch, goes where TRL's own loss gives it."""
+    trainer, given = trainer_of(tmp_path), []
+    ids = torch.tensor([given_ids(0)])
+    batch = {f"{part}_{x}": ids for part in ("prompt", "completion") for x in ("ids", "mask")}
+    extra = dict.fromkeys(trl_sega.EXTRA_INPUTS, 7)
+
+    def forward(self, *args, **kwargs):
+        given.append(kwargs)
+        return ids, ids, None
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", forward)
+    trainer._statistics(batch | extra | {"advantages": ids})
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert [name for name in extra if f'{name}=inputs.get("{name}")' in source] == list(extra)
+    assert {name: given[0][name] for name in extra} == extra and given[0]["compute_entropy"]
 
 
 def shortness(completions, **_):
