@@ -47,13 +47,14 @@ def sega_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         arguments.fail("rollout_data['entropy']", "given: set --use-rollout-entropy", "None")
     device = entropy[0].device
     padded = pad_sequence([x.float() for x in entropy], batch_first=True)
-    masks = [torch.as_tensor(x, device=device).long() for x in rollout_data["loss_masks"]]
+    masks = [torch.as_tensor(x, dtype=torch.int64, device=device) for x in rollout_data["loss_masks"]]
     mask = pad_sequence(masks, batch_first=True)
     start = torch.full((len(entropy),), -1, dtype=torch.int64, device=device)
     if settings.marker is not None:
         lengths = rollout_data["response_lengths"]
         responses = [
-            torch.as_tensor(x, device=device)[len(x) - n :].long() for x, n in zip(rollout_data["tokens"], lengths)
+            torch.as_tensor(x, dtype=torch.int64, device=device)[len(x) - n :]
+            for x, n in zip(rollout_data["tokens"], lengths)
         ]
         start = answer_start(pad_sequence(responses, batch_first=True), settings.marker, completion_mask=mask)
     scores = settings.scores(padded, mask, start)
@@ -74,10 +75,11 @@ def _over_ranks(settings: Sega, groups: list[int], score: Tensor, valid: Tensor)
         every = [mine] * dist.get_world_size(group)
         dist.all_gather_object(every, mine, group=group)
     ids, scores, counted = ([x for part in every for x in part[i]] for i in range(3))
+    cpu = torch.device("cpu")
     advantages = settings.advantages(
-        torch.tensor(scores, dtype=torch.float32),
-        torch.tensor(counted, dtype=torch.bool),
-        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(scores, dtype=torch.float32, device=cpu),
+        torch.tensor(counted, dtype=torch.bool, device=cpu),
+        torch.tensor(ids, dtype=torch.int64, device=cpu),
     )
     before = sum(len(part[0]) for part in every[:rank])
     return advantages[before : before + len(groups)]

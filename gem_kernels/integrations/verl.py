@@ -177,7 +177,7 @@ def sega_advantages(
     if index is None:
         arguments.fail("index", "verl's uid of each sequence", "None")
     numbers: dict[Any, int] = {}
-    ids = torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in index], dtype=torch.int64)
+    ids = torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in index], dtype=torch.int64, device="cpu")
     if answer_start is None:
         answer_start = torch.full((entropy.shape[0],), -1, dtype=torch.int64, device=entropy.device)
     scores = settings.scores(entropy, response_mask.long(), answer_start)

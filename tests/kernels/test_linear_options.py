@@ -10,8 +10,13 @@ from tests.kernels.helpers import IGNORE, good, paths, policy, problem, room
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+def policy_of(stats):
+    return policy(stats.logprobs, stats.entropy)
+
+
 CALLS = {
-    "stats": lambda **o: policy(*gem_kernels.linear_token_stats(**o).__dict__.values()),
+    "stats": lambda **o: policy_of(gem_kernels.linear_token_stats(**o)),
     "policy": lambda **o: gem_kernels.fused_linear_policy_loss(token_loss=policy, **o).loss,
 }
 

@@ -492,7 +492,7 @@ def test_triton_on_the_cpu_without_the_interpreter_is_refused():
 
 def test_public_functions_are_all_here():
     linear = {name for name in gem_kernels.__all__ if "linear" in name}  # theirs: test_linear_head.py
-    functions = {name for name in gem_kernels.__all__ if name[0].islower()} - linear
+    functions = {name for name in gem_kernels.__all__ if name[0].islower()} - linear - {"read_score_file"}  # a file
     assert functions == {function.__name__ for function in GOOD}
 
 
