@@ -1,7 +1,7 @@
 """Logits whose vocabulary is cut among three gloo processes give the numbers of the whole rows in one process.
 
-The processes run every case and leave the results in files; the tests read them. Statistics and gradients are compared
-with float64 too: they may err twice what the whole rows err, plus rounding.
+The processes run every case and leave the results in files; the tests read them. All numbers are compared with float64:
+they may err twice what the whole rows err, plus rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.processes import run_ranks
 WORLD = 3
 SIZES = [20, 1, 46]
 MASKED = [20, 20, 27]  # words 20..39 have no probability: one rank has nothing else
+ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, 0.0])
 KINDS = ("stats", "score", "sega", "sega, given")
 CASES = [("uneven", kind, "float32") for kind in KINDS] + [("uneven", kind, "bfloat16") for kind in KINDS]
 CASES += [
@@ -56,6 +57,10 @@ def shard(p: dict, rank: int) -> dict:
     return {**p, "logits": p["logits"][..., starts[rank] : starts[rank + 1]].contiguous()}
 
 
+def spans(p: dict) -> dict:
+    return {"completion_mask": p["mask"], "answer_start": torch.tensor([2, 3, 1, 9]), "group_size": 2}
+
+
 def run(kind: str, p: dict, **more) -> dict:
     """One call and its gradient."""
     leaf, options = p["logits"].clone().requires_grad_(), {**p["options"], **more}
@@ -65,14 +70,13 @@ def run(kind: str, p: dict, **more) -> dict:
     if p["name"] == "in place of a slice":
         logits = torch.cat([logits, logits[:, :1]], 1)[:, :-1]
     memory = logits.data_ptr()
-    spans = {"completion_mask": p["mask"], "answer_start": torch.tensor([2, 3, 1, 9]), "group_size": 2}
     if kind == "stats":
         out = gk.token_stats(logits, p["targets"], **options)
     elif kind == "score":
-        out = gk.fused_entropy_score(logits, p["targets"], **spans, **options)
+        out = gk.fused_entropy_score(logits, p["targets"], **spans(p), **options)
     else:
-        advantages = torch.tensor([1.0, -2.0, 0.5, 0.0]) if kind == "sega, given" else None
-        out = gk.sega_loss(logits, p["targets"], advantages=advantages, **spans, **options)
+        advantages = ADVANTAGES if kind == "sega, given" else None
+        out = gk.sega_loss(logits, p["targets"], advantages=advantages, **spans(p), **options)
     result = {k: v.detach().clone() for k, v in vars(out).items() if isinstance(v, torch.Tensor)}
     seen = []
     logits.register_hook(seen.append) if p["name"] == "in place" else None
@@ -140,23 +144,32 @@ def ranks(made_once) -> list[dict]:
 # The tests.
 
 
-def exact_stats(p: dict) -> dict:
-    """In float64, by autograd."""
+def exact(kind: str, p: dict) -> dict:
+    """What `run` returns, in float64, by autograd through the specification."""
     z = p["logits"].double().requires_grad_()
     options = {k: v for k, v in p["options"].items() if k not in ("inplace_backward", "backend")}
     if "temperature" in options:
         options["temperature"] = options["temperature"].double()
-    out = reference.token_stats(z, p["targets"], **options)
-    torch.autograd.backward([out.logprobs, out.entropy], [g.double() for g in p["grads"]])
-    more = {name: getattr(out, name) for name in options.get("extra", ())}
-    return {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach(), "grad_logits": z.grad, **more}
+    if kind == "stats":
+        out = reference.token_stats(z, p["targets"], **options)
+    else:
+        advantages = ADVANTAGES.double() if kind == "sega, given" else None
+        out = reference.sega_loss(z, p["targets"], advantages=advantages, **spans(p), **options)
+    if kind.startswith("sega"):
+        (3.0 * out.loss).backward()
+    else:
+        counted = p["targets"] if kind == "stats" else p["targets"].masked_fill(~p["mask"], options["ignore_index"])
+        stats = reference.token_stats(z, counted, **options)
+        torch.autograd.backward([stats.logprobs, stats.entropy], [g.double() for g in p["grads"]])
+    found = {k: v.detach() for k, v in vars(out).items() if isinstance(v, torch.Tensor)}
+    return {**found, "grad_logits": z.grad}
 
 
 @pytest.mark.parametrize(("name", "kind", "dtype"), CASES)
 def test_shards_give_the_numbers_of_the_whole_rows(ranks, name, kind, dtype):
     p = given(name, dtype)
     one = run(kind, p)
-    exact = exact_stats(p) if kind == "stats" else one
+    true = exact(kind, p)
     parts = [ranks[r][False, name, kind, dtype][0] for r in range(WORLD)]
     got = {**parts[0], "grad_logits": torch.cat([part["grad_logits"] for part in parts], -1)}
     assert got.keys() == one.keys()
@@ -166,7 +179,7 @@ def test_shards_give_the_numbers_of_the_whole_rows(ranks, name, kind, dtype):
             assert torch.equal(got[field], want), field
             continue
         eps = EPS[dtype] if field.startswith("grad") else 32 * EPS["float32"]
-        assert_as_good(field, got[field], want, exact[field], eps)
+        assert_as_good(field, got[field], want, true[field], eps)
         if field != "grad_logits":  # on all ranks the same, to the bit
             for part in parts[1:]:
                 torch.testing.assert_close(part[field], parts[0][field], rtol=0, atol=0, equal_nan=True)
