@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -34,11 +34,14 @@ from gem.data.prompts import TextFormat
 from gem.model.forward import Policy, forward
 from gem.parallel import processes
 from gem.progress import Bar, advance
+from gem.rollout.cache import sampling_cache
 from gem.rollout.cpu_linear import few_row_products
 from gem_kernels import token_stats
 
 # Rows that have ended are dropped from the batch when they are a quarter of it: dropping copies the cache once.
 _KEEP_SHARE = 0.75
+# Rows of logits on a CPU whose probabilities are made at a time: in float64 those of a batch are far more than a cache.
+_CPU_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def sample_tokens(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),
         position_ids=positions(prompt_mask),
-        past_key_values=DynamicCache(config=model.config),
+        past_key_values=sampling_cache(model.config),
         use_cache=True,
     )
     cache = output.past_key_values
@@ -227,9 +230,17 @@ def pick_tokens(
     seen [R, L]: the tokens so far, for the repetition penalty. Probabilities are cumulated in the vocabulary's order,
     in float64: rounding that moves two equal probabilities past each other would reorder a sorted one.
     """
-    scores = processors(sampling)(seen, logits.float())
-    if sampling.temperature == 0:
-        return scores.argmax(-1)
+    process, greedy = processors(sampling), sampling.temperature == 0
+    size = _CPU_ROWS if logits.device.type == "cpu" else max(1, len(logits))
+    found = []
+    for i in range(0, len(logits), size):
+        rows = slice(i, i + size)
+        scores = process(None if seen is None else seen[rows], logits[rows].float())
+        found.append(scores.argmax(-1) if greedy else _draw(scores, draws[rows]))
+    return torch.cat(found)
+
+
+def _draw(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulated[:, -1]
     target = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
