@@ -42,8 +42,8 @@ from gem.files import write_jsonl
 from gem.model.starting_policy import StartingPolicy
 
 SIZES = {
-    "given_pairs": 48, "pool_prompts": 128, "num_generations": 8, "problems": 128, "samples": 4, "score_samples": 8,
-    "preference_pairs": 64, "base_pairs": 364, "max_completion_length": 72,
+    "given_pairs": 48, "pool_prompts": 48, "num_generations": 8, "problems": 128, "samples": 4, "score_samples": 8,
+    "preference_pairs": 32, "base_pairs": 364, "max_completion_length": 72,
 }  # fmt: skip
 QUICK = {
     "given_pairs": 6, "pool_prompts": 3, "num_generations": 3, "problems": 3, "samples": 2, "score_samples": 3,
