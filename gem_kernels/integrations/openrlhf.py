@@ -11,14 +11,13 @@ nothing of OpenRLHF.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..logit_stats import token_stats
-from .swap import Ours, Swap, check_parameters, computed_here, loaded
+from .swap import Ours, Swap, check_parameters, computed_here, loaded, version_of
 
 WRITTEN_FOR = "0.11"
 HELPERS = "openrlhf.models.utils"
@@ -42,10 +41,7 @@ def use_gem_kernels() -> Swap:
     helpers, _ = loaded("openrlhf", WRITTEN_FOR, HELPERS, "openrlhf.models.actor")
     if any(isinstance(found, Ours) for found in vars(helpers).values()):
         return Swap("openrlhf", {})
-    try:
-        version = metadata.version("openrlhf")
-    except metadata.PackageNotFoundError:
-        version = "one of no known version"
+    version = version_of("openrlhf")
     pairs: dict[Any, Ours] = {}
     functions: list[Any] = [logprobs, entropy]
     for (name, parameters), function in zip(PARAMETERS.items(), functions):

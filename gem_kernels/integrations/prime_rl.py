@@ -11,7 +11,6 @@ Importing this imports nothing of prime-rl.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..linear.stats import linear_token_stats
-from .swap import Ours, Swap, check_parameters, computed_here, loaded
+from .swap import Ours, Swap, check_parameters, computed_here, loaded, version_of
 
 WRITTEN_FOR = "0.8"
 LAYERS = "prime_rl.trainer.models.layers"
@@ -51,10 +50,7 @@ def use_gem_kernels() -> Swap:
     modules = loaded("prime_rl", WRITTEN_FOR, f"{LAYERS}.lm_head", f"{LAYERS}.lm_head_gemma")
     if any(isinstance(found, Ours) for module in modules for found in vars(module).values()):
         return Swap("prime_rl", {})
-    try:
-        version = metadata.version("prime-rl")
-    except metadata.PackageNotFoundError:
-        version = "one of no known version"
+    version = version_of("prime-rl")
     functions: list[Any] = [head, gemma_head]
     pairs: dict[Any, Ours] = {}
     for (name, parameters), function, module in zip(PARAMETERS.items(), functions, modules):

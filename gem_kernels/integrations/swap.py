@@ -7,6 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -73,6 +74,14 @@ def check_parameters(library: str, written_for: str, version: str, name: str, fu
         expected = f"of version {written_for}, whose {name} takes ({parameters.replace(' ', ', ')})"
         got = "without it" if function is None else f"whose one takes {inspect.signature(function)}"
         arguments.fail(library, expected, f"{version}, {got}")
+
+
+def version_of(package: str) -> str:
+    """Of the installed distribution; a checkout on the path has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "one of no known version"
 
 
 def loaded(library: str, written_for: str, *modules: str) -> list[types.ModuleType]:
