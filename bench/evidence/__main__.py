@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.evidence import tables
+from bench.evidence.curves import draw_curves
 from bench.evidence.data import ARITHMETIC, as_row, file_pairs, task_rows, write_task
 from bench.evidence.objectives import OBJECTIVES, Objective
 from bench.evidence.scores import base_scores, measure, sft_scores
@@ -49,6 +50,7 @@ QUICK = {
     "given_pairs": 6, "pool_prompts": 3, "num_generations": 3, "problems": 3, "samples": 2, "score_samples": 3,
     "preference_pairs": 2, "base_pairs": 4, "max_completion_length": 6,
 }  # fmt: skip
+CURVES = "curves.svg"
 SCORES, BASE, SFT = "scores", "base_scores", "sft"
 ALL_ROWS = (BASE, SCORES, SFT, *(key for objective in OBJECTIVES for key in objective.keys))
 
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", default=",".join(ALL_ROWS), help="%(default)s")
     parser.add_argument(
-        "--docs", type=Path, help="a Markdown file; each table goes between <!-- TASK NAME --> and <!-- /TASK NAME -->"
+        "--docs",
+        type=Path,
+        help="a Markdown file, NAME.md; each table goes between <!-- TASK TABLE --> and "
+        "<!-- /TASK TABLE -->, the learning curves into NAME-curves.svg beside it",
     )
     parser.add_argument("--quick", action="store_true", help="a few problems: does everything run?")
     for name, size in SIZES.items():
@@ -94,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{table}\n")
         if name in places:
             tables.put_table(given.docs, f"{task_name(plan.task)} {name}", table)
+    if draw_curves(plan.out, given.seeds, plan.out / CURVES) and "objectives" in places:
+        shutil.copyfile(plan.out / CURVES, given.docs.parent / f"{given.docs.stem}-{CURVES}")
 
 
 def run(plan: Plan, num_seeds: int) -> None:

@@ -167,7 +167,7 @@ def value_and_change(results: dict[str, Results], key: str, kind: str) -> tuple[
     if not rows[0][kind]:
         return "-", "-"
     values = torch.stack([of_problems(row, kind) for row in rows]).mean(0)
-    starts = {row["seed"]: row for row in results.get("sft", [])}
+    starts = {row["seed"]: row for row in results.get("sft", []) if row[kind]}
     if key == "sft" or not all(row["seed"] in starts for row in rows):
         return with_interval(values, ""), "-"
     start = torch.stack([of_problems(starts[row["seed"]], kind) for row in rows]).mean(0)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from bench.evidence import __main__ as evidence
-from bench.evidence import objectives, tables
+from bench.evidence import curves, objectives, tables
 from bench.evidence.data import HELD_OUT_SEED, task_rows
 from bench.evidence.start import GIVEN_STEP, POOL_STEP, load_or_sample_pool, make_config, open_start
 from gem.config.settings import TrainConfig
@@ -75,6 +75,10 @@ def test_all_rows_and_then_none_again(folder, monkeypatch):
     for key in ("calibrated", "paper", "length"):
         assert key in names["pairs"] and key in names["scores"]
     assert len(names["objectives"].splitlines()) == 2 + len(evidence.ALL_ROWS) - 2
+    assert curves.draw_curves(folder / "out", 1, folder / "curves.svg")
+    drawn = (folder / "curves.svg").read_text()
+    assert all(f"{objective.words} (1 seed)" in drawn for objective in objectives.OBJECTIVES)
+    assert not curves.draw_curves(folder / "nothing", 1, folder / "none.svg") and not (folder / "none.svg").exists()
     monkeypatch.setattr(evidence, "open_start", None)  # running anything now fails
     evidence.run(plan_of(folder), 1)
     assert results(folder) == found
@@ -203,15 +207,21 @@ def test_the_command_line(tmp_path, capsys):
     plan_of(tmp_path)  # the model and the pairs
     page = tmp_path / "page.md"
     page.write_text("<!-- pairs pairs -->\n<!-- /pairs pairs -->\n")
-    evidence.main([
+    arguments = [
         "--out", str(tmp_path / "o"), "--task", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "model"),
-        "--seeds", "1", "--quick", "--rows", "base_scores,scores", "--max-completion-length", "20",
-        "--score-samples", "0", "--num-generations", "8", "--pool-prompts", "8", "--docs", str(page),
-    ])  # fmt: skip
+        "--seeds", "1", "--quick", "--max-completion-length", "20", "--score-samples", "0", "--num-generations", "8",
+        "--pool-prompts", "8", "--docs", str(page),
+    ]  # fmt: skip
+    evidence.main([*arguments, "--rows", "base_scores,scores"])
     assert "| calibrated on the given pairs alone |" in page.read_text()
     shown = capsys.readouterr().out
     assert "before SFT, 4 pairs | after SFT, its own 6 pairs x 1 seeds | after SFT, 2 held-out pairs" in shown
     assert [path.stem for path in (tmp_path / "o").glob("*.md")] == ["pairs"]  # nothing was sampled
+    assert not list(tmp_path.rglob("*.svg"))
+    page.write_text("<!-- pairs objectives -->\n<!-- /pairs objectives -->\n")
+    evidence.main([*arguments, "--rows", "dpo"])
+    assert "| plain DPO on the given pairs |" in page.read_text()
+    assert "plain DPO on the given pairs (1 seed)" in (tmp_path / "page-curves.svg").read_text()
     page.write_text("<!-- other pairs -->\n<!-- /other pairs -->\n")
     with pytest.raises(UserError, match="pairs NAME"):
         evidence.main(["--task", str(tmp_path / "pairs.jsonl"), "--model", "none", "--docs", str(page)])
@@ -223,3 +233,13 @@ def test_every_setting_is_one_of_gem_train():
     known = set(TrainConfig.model_fields)
     for row in objectives.OBJECTIVES:
         assert set(row.changes) <= known
+
+
+def test_a_curve_is_the_mean_of_the_steps_that_all_seeds_have():
+    points = [
+        [{"step": 0, "x": 1.0}, {"step": 1}, {"step": 2, "x": 5.0}],
+        [{"step": 0, "x": 3.0}, {"step": 1, "x": 9.0}],
+    ]
+    assert curves.mean_curve(points, "x") == ([0], [2.0])
+    assert curves.mean_curve(points[:1], "x") == ([0, 2], [1.0, 5.0])
+    assert curves.mean_curve(points, "y") == ([], [])

@@ -1,0 +1,60 @@
+"""The learning curves of all rows as one SVG: held-out answers while a row is trained, and its distance from SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.evidence.objectives import OBJECTIVES
+from bench.evidence.tables import read_rows
+from bench.plots import MARKERS, OTHERS, OURS, save
+
+PANELS = {
+    "held_out_logprob": "log-prob of held-out\nchosen answers, nats",
+    "held_out_margin": "chosen − rejected,\nnats",
+    "kl": "KL from the SFT model,\nnats a token",
+}
+
+
+def draw_curves(out: Path, num_seeds: int, path: Path) -> bool:
+    """Writes `path`; False, and no file, where no row has a curve. A line is the mean over the seeds of its row."""
+    rows = {
+        objective.words: [
+            curve
+            for seed in range(num_seeds)
+            for row in read_rows(out, seed, objective.key) or read_rows(out, seed, objective.mean or objective.key)
+            if (curve := row["curve"])
+        ]
+        for objective in OBJECTIVES
+    }
+    rows = {words: curves for words, curves in rows.items() if curves}
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "gem", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(len(PANELS), 1, figsize=(8.4, 7.0), layout="constrained", sharex=True)
+    for axes, (key, label) in zip(grid, PANELS.items()):
+        for i, (words, curves) in enumerate(rows.items()):
+            steps, values = mean_curve(curves, key)
+            colour = OURS if "rejection" in words else OTHERS[i % len(OTHERS)]
+            name = f"{words} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+            axes.plot(steps, values, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
+        axes.set_ylabel(label)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    grid[-1].set_xlabel("optimizer steps")
+    grid[-1].set_yscale("symlog", linthresh=1e-2)
+    grid[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    save(figure, path)
+    return True
+
+
+def mean_curve(curves: Sequence[Sequence[dict[str, Any]]], key: str) -> tuple[list[int], list[float]]:
+    """Steps that every seed has a value for, and the means of these."""
+    found = [{point["step"]: point[key] for point in curve if key in point} for curve in curves]
+    steps = sorted(set.intersection(*map(set, found)))
+    return steps, [sum(values[step] for values in found) / len(found) for step in steps]
