@@ -8,8 +8,10 @@ With `--all`, every kernel is also compiled for sm_80, sm_100 and gfx942; regist
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -66,10 +68,30 @@ def amd_barriers(compiled) -> int:
     return len(re.findall(r"^\s*s_barrier", compiled.asm["amdgcn"], re.M))
 
 
-def instructions(compiled) -> list[tuple[int, str]]:
-    """(address, instruction) of the machine code, in order."""
+def machine_code(cubin: bytes) -> bytes:
+    """The section .text of the one kernel of an ELF file."""
+    (offset,) = struct.unpack_from("<Q", cubin, 0x28)
+    number, names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, offset + 64 * i) for i in range(number)]
+    (code,) = (s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0]))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def instructions(compiled: list) -> list[list[tuple[int, str]]]:
+    """(address, instruction) of each kernel's machine code for sm_90, in order.
+
+    nvdisasm takes a third of a second to start, so all code goes through it in one piece: addresses count on.
+    """
+    codes = [machine_code(one.asm["cubin"]) for one in compiled]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as f:
+        f.write(b"".join(codes))
+        f.flush()
+        command = [BIN / "nvdisasm", "--binary", "SM90", f.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.M)
-    return [(int(a, 16), text.strip()) for a, text in pattern.findall(cuobjdump(compiled, "-sass"))]
+    found = [(int(a, 16), text.strip()) for a, text in pattern.findall(text)]
+    ends = list(itertools.accumulate(map(len, codes)))
+    return [[x for x in found if end - len(code) <= x[0] < end] for code, end in zip(codes, ends)]
 
 
 def loops(code: list[tuple[int, str]]) -> list[list[str]]:
@@ -90,21 +112,25 @@ def inner_loop(code: list[tuple[int, str]]) -> list[str]:
     return min((b for b in bodies if sum("LDG" in t for t in b) == most), key=len)
 
 
-def count(spec: catalogue.KernelSpec, target: str = "sm_90") -> dict:
-    compiled = compile_kernel(spec, target)
-    body = inner_loop(instructions(compiled))
-    memory = [t for t in body if re.search(r"\b(LDG|STG)", t)]
-    threads = spec.num_warps * 32
-    return {
-        "kernel": spec.name,
-        "target": target,
-        "block": spec.constexprs["BLOCK"],
-        "warps": spec.num_warps,
-        "instructions_per_element": len(body) * threads / spec.constexprs["BLOCK"],
-        "global_accesses": len(memory),
-        "all_16_bytes": all(".128" in t for t in memory),
-        **resources(compiled),
-    }
+def count(specs: list[catalogue.KernelSpec]) -> list[dict]:
+    """The inner loop of each, for sm_90."""
+    compiled = [compile_kernel(spec, "sm_90") for spec in specs]
+    rows = []
+    for spec, kernel, code in zip(specs, compiled, instructions(compiled), strict=True):
+        body = inner_loop(code)
+        memory = [t for t in body if re.search(r"\b(LDG|STG)", t)]
+        threads = spec.num_warps * 32
+        row = {
+            "kernel": spec.name,
+            "target": "sm_90",
+            "block": spec.constexprs["BLOCK"],
+            "warps": spec.num_warps,
+            "instructions_per_element": len(body) * threads / spec.constexprs["BLOCK"],
+            "global_accesses": len(memory),
+            "all_16_bytes": all(".128" in t for t in memory),
+        }
+        rows.append(row | resources(kernel))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     specs = catalogue.kernels()
     if args.dump:
         spec = next(s for s in specs if s.name == args.dump)
-        print("\n".join(inner_loop(instructions(compile_kernel(spec, "sm_90")))))
+        print("\n".join(inner_loop(instructions([compile_kernel(spec, "sm_90")])[0])))
         return
-    rows = [count(s) for s in specs if s.streaming]
+    rows = count([s for s in specs if s.streaming])
     if args.all:
         for spec in (s for s in specs if not s.counted_only):
             for target in TARGETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,19 +22,36 @@ from tests.kernels.test_cpu_kernels import (
     problem,
 )
 
-FLAGS = build.FLAGS
-UNOPTIMISED = tuple(flag.replace("-O3", "-O0") for flag in FLAGS)
+# A library of its own functions, each of which does nothing: compiled in a tenth of the time.
+EMPTY = "\n".join(f'extern "C" void {name}(void*) {{}}' for name in build.FUNCTIONS)
 
 
 @pytest.fixture
 def fresh_build(monkeypatch, tmp_path):
-    """build.py as at import, with an empty cache folder; the compiler does not optimise, which takes half its time."""
-    monkeypatch.setattr(build, "FLAGS", UNOPTIMISED)
+    """build.py as at import, with an empty cache folder."""
     monkeypatch.setenv("GEM_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GEM_KERNELS_NO_COMPILE", raising=False)
     for name, value in (("_library", None), ("_reason", None), ("_tried", False)):
         monkeypatch.setattr(build, name, value)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def empty_source(monkeypatch, tmp_path):
+    """What is built when only the building is looked at, not what the library computes."""
+    source = tmp_path / "empty.cpp"
+    source.write_text(EMPTY)
+    monkeypatch.setattr(build, "SOURCES", (source,))
+    return source
+
+
+@pytest.fixture
+def slow_compiler(monkeypatch, tmp_path):
+    """One that takes its time, so that all who build at once overlap."""
+    script = tmp_path / "slow_compiler"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || sleep 0.5\nexec {shlex.join(build.find_compiler())} "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
 
 
 def test_no_compiler_falls_back_with_one_warning(fresh_build, monkeypatch):
@@ -73,7 +91,7 @@ def test_refuses_a_folder_others_may_write_to(fresh_build):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
-def test_threads_that_build_at_once_build_once(fresh_build, monkeypatch):
+def test_threads_that_build_at_once_build_once(fresh_build, empty_source, slow_compiler, monkeypatch):
     compiled, libraries = [], []
     original = build._compile
     monkeypatch.setattr(build, "_compile", lambda *args: (compiled.append(args), original(*args))[1])
@@ -87,26 +105,27 @@ def test_threads_that_build_at_once_build_once(fresh_build, monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
-def test_processes_that_build_at_once(fresh_build):
+def test_processes_that_build_at_once(fresh_build, empty_source, slow_compiler):
     """build.py needs no torch, so it is run by itself."""
     code = (
-        "import runpy, sys; load = runpy.run_path(sys.argv[1])['load'];"
-        f"load.__globals__['FLAGS'] = {UNOPTIMISED!r}; assert load() is not None"
+        "import pathlib, runpy, sys; load = runpy.run_path(sys.argv[1])['load'];"
+        "load.__globals__['SOURCES'] = [pathlib.Path(sys.argv[2])]; assert load() is not None"
     )
-    command = [sys.executable, "-W", "error", "-c", code, build.__file__]
+    command = [sys.executable, "-W", "error", "-c", code, build.__file__, str(empty_source)]
     for process in [subprocess.Popen(command) for _ in range(3)]:
         assert process.wait(timeout=600) == 0
     assert len(list(fresh_build.iterdir())) >= 1
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
-def test_a_damaged_library_is_built_again(fresh_build, monkeypatch):
+def test_a_damaged_library_is_built_again(fresh_build, empty_source, monkeypatch):
     """Whatever is damaged in it: the loader would end the process, at once or at the first call."""
     assert build.load() is not None
     (library,) = fresh_build.iterdir()
     whole = library.read_bytes()
     middle = len(whole) // 2
-    for damaged in (b"truncated", whole[:middle], whole[:middle] + bytes(4096) + whole[middle + 4096 :]):
+    for damaged in (b"truncated", whole[:middle], whole[:middle] + b"\xff" * 4096 + whole[middle + 4096 :]):
+        assert damaged != whole
         library.unlink()  # not in place: it is mapped into this process
         library.write_bytes(damaged)
         monkeypatch.setattr(build, "_tried", False)
@@ -116,7 +135,7 @@ def test_a_damaged_library_is_built_again(fresh_build, monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
-def test_a_library_that_others_may_write_to_is_refused(fresh_build, monkeypatch):
+def test_a_library_that_others_may_write_to_is_refused(fresh_build, empty_source, monkeypatch):
     assert build.load() is not None
     (library,) = fresh_build.iterdir()
     library.chmod(0o666)
@@ -128,7 +147,7 @@ def test_a_library_that_others_may_write_to_is_refused(fresh_build, monkeypatch)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
-def test_a_library_of_another_user_is_refused(fresh_build, monkeypatch):
+def test_a_library_of_another_user_is_refused(fresh_build, empty_source, monkeypatch):
     """The folder is ours, the file in it is not."""
     assert build.load() is not None
     original = build.Path.stat
@@ -153,7 +172,7 @@ def test_a_stray_quote_in_cxx_is_one_line(fresh_build, monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_COMPILER or not hasattr(os, "fork"), reason="no compiler or no fork")
-def test_a_fork_while_another_thread_compiles(fresh_build, monkeypatch):
+def test_a_fork_while_another_thread_compiles(fresh_build, empty_source, monkeypatch):
     compiling, go_on = threading.Event(), threading.Event()
     original = build._compile
 
@@ -181,7 +200,7 @@ def test_narrower_vectors(machine, fresh_build, monkeypatch):
     """The code for machines without AVX-512, and without AVX, F16C and FMA, computes the same."""
     if os.uname().machine != "x86_64":
         pytest.skip("x86-64 flags")
-    flags = tuple(machine if flag == "-march=native" else flag for flag in FLAGS)
+    flags = tuple(machine if flag == "-march=native" else flag for flag in build.FLAGS)
     monkeypatch.setattr(build, "FLAGS", flags)
     if machine.endswith("v3") and "avx2" not in build._cpu_features():
         pytest.skip("this machine has no AVX2")

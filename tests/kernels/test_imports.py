@@ -188,7 +188,12 @@ def test_import_with_torch_alone():
 
 
 def test_import_leaves_the_compiler_alone():
-    """Where everything is installed too: neither Triton nor torch._dynamo, which cost seconds."""
-    code = "import sys, gem_kernels; print(*{'triton', 'torch._dynamo', 'transformers'} & set(sys.modules))"
+    """Where everything is installed too: neither Triton nor torch._dynamo, which cost seconds, nor other libraries."""
+    code = """
+import sys, gem_kernels
+print(*{"triton", "torch._dynamo", "transformers", "peft"} & set(sys.modules))
+import gem_kernels.integrations
+print(*{"triton", "transformers", "peft", "gem_kernels.integrations.transformers"} & set(sys.modules))
+"""
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == ""
+    assert out == "\n\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,26 @@ def python(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows(made_once) -> list[dict]:
-    """`--all` counts the inner loops too."""
+def lines(made_once) -> list[str]:
+    """What one process prints, which imports torch and Triton once: three lines, those of bench.sass, and KEYS'."""
 
     def make(folder):
-        (folder / "rows.jsonl").write_text(python("-m", "bench.sass", "--all", "--json"))
+        code = CATALOGUE + RUNTIME_ARGUMENTS + TRITON_ON_CPU + ROWS + KEYS
+        (folder / "lines").write_text(python("-c", code))
 
-    return [json.loads(line) for line in (made_once("machine_code", make) / "rows.jsonl").read_text().splitlines()]
+    return (made_once("machine_code", make) / "lines").read_text().splitlines()
+
+
+# `--all` counts the inner loops too.
+ROWS = """
+from bench import sass
+sass.main(["--all", "--json"])
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(lines) -> list[dict]:
+    return [json.loads(line) for line in lines[3:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +146,9 @@ print(json.dumps(sorted({s.kernel.fn.__name__ for s in kernels()})))
 """
 
 
-@pytest.fixture(scope="module")
-def described() -> list[str]:
-    """What CATALOGUE, RUNTIME_ARGUMENTS and KEYS print, a line each, of one process."""
-    return python("-c", CATALOGUE + RUNTIME_ARGUMENTS + KEYS).splitlines()
-
-
-def test_the_catalogue_covers_every_kernel_that_is_launched(described):
+def test_the_catalogue_covers_every_kernel_that_is_launched(lines):
     assert len(launched()) >= 5
-    assert launched() == set(json.loads(described[0]))
+    assert launched() == set(json.loads(lines[0]))
     sources = "".join(path.read_text() for path in KERNELS.glob("*.py"))
     for path in KERNELS.glob("*.py"):
         for name in jit_functions(path) - launched():
@@ -163,9 +171,9 @@ SIZES = {"V", "N", "T", "G", "n_inner", "span", "n_splits", "ignore_index", "top
 }  # fmt: skip
 
 
-def test_sizes_are_run_time_arguments(described):
+def test_sizes_are_run_time_arguments(lines):
     """Integers are specialized by Triton (1, multiples of 16) unless told otherwise; each would compile again."""
-    kernels = json.loads(described[1])
+    kernels = json.loads(lines[1])
     assert {"row_stats_forward", "row_stats_combine", "row_stats_backward", "span_scores", "group_advantages"} <= set(
         kernels
     )
@@ -178,6 +186,27 @@ def test_sizes_are_run_time_arguments(described):
             if name in ("temperature", "temperature_ptr", "softcap", "fork_weight", "eps"):
                 assert not constexpr, f"{kernel}: {name}"
     assert seen >= SIZES
+
+
+TRITON_ON_CPU = """
+import torch, gem_kernels
+found = []
+for call in (
+    lambda: gem_kernels.token_stats(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), backend="triton"),
+    lambda: gem_kernels.group_advantages(torch.zeros(2), 2, backend="triton"),
+):
+    try:
+        call()
+    except ValueError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_triton_on_the_cpu_without_the_interpreter_is_refused(lines):
+    found = json.loads(lines[2])
+    assert len(found) == 2
+    assert all(re.match("`backend` must be 'auto' or 'torch'.*, got 'triton'", message) for message in found)
 
 
 # Triton's own binder gives the key it compiles under; nothing is compiled or launched. CPU tensors stand for a GPU's.
@@ -233,8 +262,8 @@ print(json.dumps([sorted(before), changed, {k: len(v) - len(before[k]) for k, v 
 """
 
 
-def test_nothing_recompiles_when_sizes_or_temperature_change(described):
-    kernels, changed, more = json.loads(described[2])
+def test_nothing_recompiles_when_sizes_or_temperature_change(lines):
+    kernels, changed, more = json.loads(lines[-1])
     assert kernels == ["group_advantages", "row_stats_backward", "row_stats_forward", "span_scores"]
     assert not changed, "compiled again for another N, T, B, V, stride, temperature, ignore_index, top_m or fork_weight"
     assert more["row_stats_forward"] == 2, "a tensor of temperatures is another kernel, so are statistics; nothing else"
