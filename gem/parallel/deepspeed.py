@@ -42,9 +42,9 @@ def leave_shared_memory_out() -> None:
 
     `inference_all_reduce` takes torch's collective where the operator is marked as not compatible.
     """
-    import deepspeed.ops
-
     if os.environ.get("DS_ACCELERATOR") == "cpu":
+        import deepspeed.ops
+
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
