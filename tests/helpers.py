@@ -185,6 +185,15 @@ def rows(run_dir, file="metrics.jsonl"):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
 
 
+def saved_weights(run_dir):
+    """Bytes of each file of the model that a run saved."""
+    return {path.name: path.read_bytes() for path in (run_dir / "model").glob("*.safetensors")}
+
+
+class Killed(BaseException):
+    """Nothing catches it: the process is gone."""
+
+
 def assert_close(one, other, tolerance=1e-3):
     """Rows of metrics: no number is further off than `tolerance` times the largest of its name and stage."""
     assert len(one) == len(other)

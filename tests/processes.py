@@ -12,7 +12,6 @@ import functools
 import multiprocessing
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,11 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # Nothing that runs on import: no accelerator of `accelerate`'s, which the forks make from their own environment.
-PRELOADED = ["pytest", "gem.cli", "gem.loop", "gem.rollout.vllm", "peft", "transformers.models.llama.modeling_llama"]
+# deepspeed, where it is installed: accelerate imports it in every process that saves a whole model.
+PRELOADED = [
+    "pytest", "gem.cli", "gem.loop", "gem.rollout.vllm", "peft", "deepspeed",
+    "transformers.models.llama.modeling_llama",
+]  # fmt: skip
 
 
 @functools.cache
@@ -35,7 +38,8 @@ def start_server() -> None:
     """With one thread: threads do not survive a fork. Modules are found as pytest finds them."""
     CONTEXT.set_forkserver_preload(PRELOADED)
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}):
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
+    with mock.patch.dict(os.environ, own):
         forkserver.ensure_running()
 
 
@@ -133,10 +137,15 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, environment:
                 fork.kill()
 
 
-def torchrun(world_size: int, *arguments: object, environment: dict | None = None) -> str:
-    """The real one, which starts its processes from nothing. Their stdout."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def torchrun(world_size: int, path: Path, *arguments: object, environment: dict | None = None) -> str:
+    """The real one, told by its own options to fork its processes. Their stdout."""
+    fork = Fork(_torchrun, world_size, path, *arguments, environment=environment).wait()
+    assert fork.returncode == 0, fork.output
+    return fork.stdout
+
+
+def _torchrun(world_size: int, *arguments: object) -> None:
+    from torch.distributed import run
+
+    options = ["--standalone", f"--nproc_per_node={world_size}", "--run-path", "--start-method=fork"]
+    run.main([*options, *map(str, arguments)])

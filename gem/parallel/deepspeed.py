@@ -37,6 +37,17 @@ def is_installed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
+def leave_shared_memory_out() -> None:
+    """On a CPU: DeepSpeed compiles no C++ (a minute or more) for a collective that only its inference calls.
+
+    `inference_all_reduce` takes torch's collective where the operator is marked as not compatible.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def prepare(model: nn.Module, accelerator: Accelerator, max_grad_norm: float) -> None:
     """Puts the model under an engine. The optimizer is AdamW; its rate and its state are the Trainer's matter."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

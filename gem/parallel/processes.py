@@ -88,6 +88,7 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     if deepspeed.is_asked_for():
         if not deepspeed.is_installed():
             raise UserError("accelerate: deepspeed is not installed: pip install deepspeed, or launch without it")
+        deepspeed.leave_shared_memory_out()
         return Accelerator()  # told `cpu`, accelerate would leave DeepSpeed out
     accelerator = Accelerator(cpu=device == "cpu")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:

@@ -33,21 +33,26 @@ def signal(n, weights, seed=0):
     return np.where(wins[:, None], one, other), np.where(wins[:, None], other, one)
 
 
-def test_known_weights_come_back():
-    true = np.array([-1.0, 0.25, 0.0, 2.0])
-    fitted = calibrate(*signal(800, true), range(800))
+TRUE = np.array([-1.0, 0.25, 0.0, 2.0])
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return calibrate(*signal(800, TRUE), range(800))
+
+
+def test_known_weights_come_back(fitted):
     assert fitted.features == DEFAULT_FEATURES and fitted.num_prompts == 800
     found = fitted.weights / fitted.scales
     low, high = (fitted.weight_intervals / fitted.scales[:, None]).T
     assert (low < found).all() and (found < high).all() and (high - low < 0.8).all()
-    assert (np.abs(found - true) < high - low).all()  # four standard errors
+    assert (np.abs(found - TRUE) < high - low).all()  # four standard errors
     assert fitted.verdict.kind == "informative"
 
 
-def test_an_interval_of_a_weight_is_the_normal_one():
+def test_an_interval_of_a_weight_is_the_normal_one(fitted):
     """At n = 800 the bootstrap agrees with the inverse of the curvature."""
-    better, worse = signal(800, np.array([-1.0, 0.25, 0.0, 2.0]))
-    fitted = calibrate(better, worse, range(800))
+    better, worse = signal(800, TRUE)
     scaled = (better - worse)[:, COLUMNS] / fitted.scales
     p = expit(scaled @ fitted.weights)
     error = np.sqrt(np.diag(np.linalg.inv((scaled * (p * (1 - p))[:, None]).T @ scaled + fitted.l2 * np.eye(4))))

@@ -10,7 +10,8 @@ from gem.config.settings import RolloutSettings
 from gem.errors import UserError
 from gem.rollout.sample import row_keys
 from gem.rollout.vllm import Server, _request
-from tests.gem.test_vllm import SAMPLING, StandIn, server_settings, small_model, stand_in  # noqa: F401
+from tests.gem.test_vllm_requests import SAMPLING, StandIn, stand_in  # noqa: F401
+from tests.gem.vllm_data import server_settings, small_model
 from tests.helpers import tiny_tokenizer
 
 KEY = "sk-very-secret"

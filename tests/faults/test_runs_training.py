@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import re
 import signal
 import sys
@@ -31,18 +30,13 @@ from gem.scoring.score import score_rollout
 from gem.update.optimizer import NO_STEP
 from gem.update.sega import sega_step
 from tests.faults.test_runs_folder import flip_a_bit
-from tests.helpers import rollout_of, save_tiny, tiny_model, trainer_of
+from tests.helpers import Killed, rollout_of, rows, save_tiny, saved_weights, tiny_model, trainer_of
 
 RUN = {
     "num_generations": 2, "max_completion_length": 4, "max_steps": 3, "prompts_per_step": 2, "micro_batch_size": 2,
     "sft_epochs": 1, "sft_batch_size": 4, "sft_learning_rate": 3e-3, "learning_rate": 1e-3, "eval_generate": 0,
     "eval_sample": 0, "system_prompt": "Think.", "device": "cpu", "beta": 0.1, "num_iterations": 2, "gate": "off",
 }  # fmt: skip
-TIMES = ("step_time", "eval/seconds")
-
-
-class Killed(BaseException):
-    """Nothing catches it: the process is gone."""
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +54,6 @@ def config_of(folder, run_dir, **more):
 
 def quiet():
     return Console(file=io.StringIO(), width=1000)
-
-
-def numbers(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def weights(run_dir):
-    return {path.name: path.read_bytes() for path in (run_dir / "model").glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +110,7 @@ def test_a_signal_saves_a_checkpoint_and_the_moved_run_goes_on_to_the_bit(
     console = quiet()
     train(config, console, resume=True)
     assert f"Continuing from {saved}" in console.file.getvalue() and "began with" not in console.file.getvalue()
-    assert numbers(tmp_path / "moved") == numbers(unbroken) and weights(tmp_path / "moved") == weights(unbroken)
+    assert rows(tmp_path / "moved") == rows(unbroken) and saved_weights(tmp_path / "moved") == saved_weights(unbroken)
     assert yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())["output_dir"] == str(tmp_path / "moved")
 
 
@@ -170,7 +155,7 @@ def test_broken_checkpoints_are_named_and_the_newest_whole_one_is_taken(folder, 
     assert "Continuing from checkpoint-2: SFT, step 2" in said
     assert f"The run began with threads {here['threads']} (now {here['threads'] + 1}): what follows is not" in said
     assert f"OMP_NUM_THREADS={here['threads']}" in said
-    assert numbers(tmp_path / "run") == numbers(unbroken) and weights(tmp_path / "run") == weights(unbroken)
+    assert rows(tmp_path / "run") == rows(unbroken) and saved_weights(tmp_path / "run") == saved_weights(unbroken)
 
 
 def test_by_default_a_checkpoint_is_saved_every_ten_minutes(folder, monkeypatch, tmp_path):
@@ -202,7 +187,7 @@ def test_candidates_that_are_all_cut_off_are_said_at_once_and_stop_the_run(folde
         train(config_of(folder, tmp_path / "run", mask_truncated=True, sft_epochs=0, max_steps=9), console)
     assert f"SEGA, step 3: {words}, 3 steps in a row, so nothing was learned" in str(error.value)
     assert console.file.getvalue().count(f"Warning: SEGA, step 1: {words}; the step is skipped") == 1
-    assert sum(row["stage"] == "SEGA" for row in numbers(tmp_path / "run")) == 3
+    assert sum(row["stage"] == "SEGA" for row in rows(tmp_path / "run")) == 3
 
 
 def test_with_a_kl_term_too_equal_scores_take_no_step():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,7 @@ from gem.loop import train
 from gem.parallel import deepspeed as zero
 from gem.parallel import processes
 from tests.helpers import LORA, assert_close, assert_same_weights, launch, rows, save_tiny, settings
-from tests.processes import ROOT, Fork, run_ranks, run_script
+from tests.processes import run_ranks, run_script
 
 # Every weight of the tiny model is divided, as a large model's are; by default the small ones stay whole.
 STAGES = {1: {"stage": 1}, 2: {"stage": 2}, 3: {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -36,37 +35,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-# What DeepSpeed compiles on its first use: minutes on a busy machine, so kept.
-COMPILED = ROOT / ".pytest_cache" / "torch_extensions"
-
-
-def compile_operators():
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()
-
-
-@pytest.fixture(scope="session")
-def deepspeed():
-    """Not imported here: it would make this process's accelerator its own.
-
-    torch's lock of a folder of compiled code outlives a process that was killed, and everyone would wait for it.
-    """
+@pytest.fixture
+def deepspeed(folder):
+    """Around each test of it: on a CPU nothing is compiled, which would take a compiler and a minute."""
     if not zero.is_installed():
         pytest.skip("deepspeed is not installed")
-    COMPILED.mkdir(parents=True, exist_ok=True)
-    with FileLock(COMPILED / "one_at_a_time"):
-        for left in COMPILED.rglob("lock"):
-            left.unlink()
-        environment = {"TORCH_EXTENSIONS_DIR": str(COMPILED), "DS_ACCELERATOR": "cpu"}
-        fork = Fork(compile_operators, environment=environment).wait(1800)
-        assert fork.returncode == 0, fork.output
+    yield
+    assert not [path for path in (folder / "compiled").rglob("*") if path.is_file()]
 
 
 def environment(folder, stage):
     return {
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / f"{stage}.json"),
-        "TORCH_EXTENSIONS_DIR": str(COMPILED),
+        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
     }  # fmt: skip
 
 

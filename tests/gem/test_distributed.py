@@ -12,7 +12,7 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
 from gem.loop import train
 from tests.helpers import LORA, assert_close, assert_same_weights, launch, rows, save_tiny, settings
-from tests.processes import torchrun
+from tests.processes import ROOT, torchrun
 
 CASES = {
     "full": ({}, {}),
@@ -40,7 +40,7 @@ def test_two_processes_are_one(folder, case):
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings(folder, f"{name}-2", **more)))
     if case == "fsdp2 lora":  # the launcher itself, once
-        output = torchrun(2, "-m", "gem", "train", path, environment=environment)
+        output = torchrun(2, ROOT / "gem" / "__main__.py", "train", path, environment=environment)
     else:
         output = launch(path, **environment)
     together = folder / f"{name}-2"

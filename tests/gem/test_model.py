@@ -168,7 +168,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from tests.interpreter import patch_once_a_launch
 
+patch_once_a_launch()
 convert = interpreter._implicit_cvt
 
 def converted(value):

@@ -1,7 +1,6 @@
 """A run that was cut off and continued ends as if it had not been: the same metrics, to the bit, each step once."""
 
 import io
-import json
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ from gem.errors import UserError
 from gem.files import write_jsonl
 from gem.loop import train
 from gem.run.session import MAY_CHANGE
-from tests.helpers import save_tiny, tiny_model, trainer_of
+from tests.helpers import Killed, rows, save_tiny, saved_weights, tiny_model, trainer_of
 from tests.processes import Fork, gem
 
 # LoRA's dropout draws from the generators, and the second adapter weight is random: both must come back.
@@ -32,7 +31,6 @@ RUN = {
     "log_completions_steps": 2, "lr_schedule": "linear", "beta": 0.1, "num_iterations": 2, "epsilon": 0.2,
 }  # fmt: skip
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.3}
-TIMES = ("step_time", "eval/seconds")
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +48,6 @@ def config_of(folder, name, **more):
 
 def quiet():
     return Console(file=io.StringIO())
-
-
-def metrics(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def weights(run_dir):
-    return {path.name: path.read_bytes() for path in (run_dir / "model").glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +89,10 @@ def test_killed_at_three_random_moments(folder, unbroken):
     done = subprocess.run(last, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Continuing from checkpoint-" in done.stdout
-    assert metrics(run_dir) == metrics(unbroken)
+    assert rows(run_dir) == rows(unbroken)
     assert (run_dir / "completions.jsonl").read_bytes() == (unbroken / "completions.jsonl").read_bytes()
-    assert weights(run_dir) == weights(unbroken)
+    assert saved_weights(run_dir) == saved_weights(unbroken)
     assert not list(run_dir.glob(".*"))
-
-
-class Killed(BaseException):
-    """Nothing catches it: the process is gone."""
 
 
 def cut_off(config, monkeypatch, at):
@@ -139,15 +124,15 @@ def test_full_weights_continue_within_sft_and_within_sega(folder, monkeypatch, a
     cut_off(config, monkeypatch, at)
     (folder / f"full-{at}" / ".checkpoint-1.old").mkdir()  # as a kill during a removal leaves it
     resumed = train(config, quiet(), resume=True)
-    assert metrics(resumed.run_dir) == metrics(whole)
-    assert weights(resumed.run_dir) == weights(whole)
+    assert rows(resumed.run_dir) == rows(whole)
+    assert saved_weights(resumed.run_dir) == saved_weights(whole)
     assert not list(resumed.run_dir.glob(".*"))
     assert list(resumed.evaluations) == ["start", "SFT", "SEGA"]
 
 
 def test_old_checkpoints_go_and_the_newest_stay(unbroken):
     steps = [int(path.name.removeprefix("checkpoint-")) for path in states.checkpoints(unbroken)]
-    total = sum(row["stage"] in ("SFT", "SEGA") for row in metrics(unbroken))
+    total = sum(row["stage"] in ("SFT", "SEGA") for row in rows(unbroken))
     assert steps == [total - 2, total]
     parameters, state = states.load_checkpoint(states.checkpoints(unbroken)[-1])
     assert all("lora_" in name for name in parameters)
@@ -177,7 +162,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, monkeypatch, writer
     assert [path.name for path in states.checkpoints(run_dir)] == ["checkpoint-2", "checkpoint-4"]
     assert not list(run_dir.glob(".*"))
     train(config, quiet(), resume=True)
-    assert len(metrics(run_dir)) == len({(r["stage"], r.get("step"), r.get("after")) for r in metrics(run_dir)})
+    assert len(rows(run_dir)) == len({(r["stage"], r.get("step"), r.get("after")) for r in rows(run_dir)})
 
 
 def test_a_mistaken_resume_is_one_clear_error(folder, unbroken, monkeypatch, tmp_path):
