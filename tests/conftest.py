@@ -53,6 +53,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    import hypothesis  # noqa: F401 (its plugin does, after the last test; trio then looks for objects that are frozen)
+
+    gc.freeze()  # what imports made is looked at by no collection: trainers collect at the end of each run
     gc.set_threshold(20_000, 10, 20)
     gc.enable()
 

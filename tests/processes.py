@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -83,6 +84,7 @@ class Fork:
 def _run(streams: list[Path], environment: dict, threads: int, function: Callable, arguments: Sequence) -> None:
     import torch
 
+    gc.freeze()
     for path, number in zip(streams, (1, 2)):
         file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
