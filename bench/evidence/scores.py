@@ -11,7 +11,7 @@ import torch
 
 from bench.evidence.start import Start
 from gem.calibration.features import CALIBRATED, feature_columns, linear_score, plain_scores
-from gem.calibration.fit import PairCalibration, PairFeatures
+from gem.calibration.fit import PairCalibration, PairFeatures, pair_accuracy, verdict_after_sft
 from gem.calibration.measure import (
     calibrate_policy,
     candidate_features,
@@ -89,12 +89,15 @@ def sft_scores(start: Start, samples: Path, sizes: dict[str, int]) -> tuple[dict
         values = np.array(found.pop("features"))
         scores = all_scores(values) | {name: linear_score(values, *fitted.linear) for name, fitted in fits.items()}
         found["samples"] = {name: value.tolist() for name, value in scores.items()}
+    unseen, verdict = pair_margins(held_out, fits, held_out=True), fits[CALIBRATED].verdict
+    if fits[CALIBRATED].fitted_to == "pairs":  # as in gem train
+        verdict = verdict_after_sft(verdict, pair_accuracy(np.array(unseen[CALIBRATED]), held_out.prompts, config.seed))
     table = {
         "given": pair_margins(given, fits, held_out=False),
         "given_prompts": [_key(prompt) for prompt in given.prompts],
-        "held_out": pair_margins(held_out, fits, held_out=True),
+        "held_out": unseen,
         **found,
-        "verdict": fits[CALIBRATED].verdict.words,
+        "verdict": verdict.words,
         "fitted_to": fits[CALIBRATED].fitted_to,
         "weights": {name: dict(zip(fitted.features, fitted.weights.tolist())) for name, fitted in fits.items()},
         "scales": {name: dict(zip(fitted.features, fitted.scales.tolist())) for name, fitted in fits.items()},

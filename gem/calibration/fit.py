@@ -39,6 +39,7 @@ STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
 INNER_FOLDS = 5
 # With fewer prompts cross-validation chooses by chance: DEFAULT_STRENGTH is taken, and no verdict is `informative`.
 MIN_PROMPTS = 8
+MIN_HELD_OUT = 16  # pairs that SFT has not seen, which then decide in place of those that it has
 DEFAULT_STRENGTH = 1.0
 # Prompts x pairs up to which each prompt is left out alone (632 pairs of as many prompts); beyond, prompts are left out
 # in so many groups that groups x pairs stays below it, at least 10.
@@ -284,8 +285,33 @@ def judge(
     if length.low > 0.5 and gain.low <= 0:
         words = f"Explained by length. {told} {alone}: {difference}, so these pairs show nothing beyond length."
         return Verdict(kind="explained_by_length", words=words)
-    strength = "strong" if found.value >= STRONG else "moderate" if found.value >= MODERATE else "weak"
-    return Verdict(kind="informative", words=f"Informative, {strength}. {told} {alone}: {difference}.")
+    return Verdict(kind="informative", words=f"Informative, {_strength(found)}. {told} {alone}: {difference}.")
+
+
+def verdict_after_sft(verdict: Verdict, held_out: Estimate | None) -> Verdict:
+    """The verdict on a score fitted to, or tested on, pairs whose chosen answers SFT has trained on.
+
+    Of such pairs any score that knows probable answers prefers the chosen ones. So `held_out`, the pair accuracy on
+    pairs that SFT has not seen, decides where there are `MIN_HELD_OUT` of them; its value says how strong the score is.
+    """
+    if verdict.kind != "informative":
+        return verdict
+    seen = f"On the given pairs, whose chosen answers SFT has trained on: {verdict.words[0].lower()}{verdict.words[1:]}"
+    if held_out is None or held_out.count < MIN_HELD_OUT:
+        words = (
+            f"{verdict.words} SFT has trained on the chosen answers of these pairs, so this may be too high; an "
+            f"eval_file of at least {MIN_HELD_OUT} other pairs would tell."
+        )
+        return Verdict(kind="informative", words=words)
+    told = f"It prefers the better answer in {_words(held_out)} of {held_out.count} held-out pairs; chance is 0.5."
+    if held_out.low <= 0.5:
+        more = "the interval holds 0.5" if held_out.high >= 0.5 else "worse than chance"
+        return Verdict(kind="not_informative", words=f"Not informative: {more}. {told} {seen}")
+    return Verdict(kind="informative", words=f"Informative, {_strength(held_out)}. {told} {seen}")
+
+
+def _strength(found: Estimate) -> str:
+    return "strong" if found.value >= STRONG else "moderate" if found.value >= MODERATE else "weak"
 
 
 def _words(estimate: Estimate, form: str = ".2f") -> str:

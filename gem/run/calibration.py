@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gem.calibration.features import CALIBRATED, linear_score
-from gem.calibration.fit import PairFeatures, fixed_score_verdict, pair_accuracy
+from gem.calibration.fit import PairFeatures, fixed_score_verdict, pair_accuracy, verdict_after_sft
 from gem.calibration.measure import (
     SCALE_PROMPTS,
     PromptIds,
@@ -53,6 +53,7 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
         return None
     pairs = calibration_pairs(session)
     row: dict[str, Any] = {"stage": "calibration", "step": state.step, "score": config.score}
+    score: Score | None = None
     try:
         with progress(session.console, "Calibration", len(pairs)) as bar:
             given = pair_features(
@@ -64,7 +65,6 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
             accuracy, verdict = score.pair_accuracy[CALIBRATED], score.verdict
             row |= {"weights": score.weights, "weight_intervals": score.weight_intervals, "scales": score.scales}
             row |= {"l2": score.l2, "scales_from": score.scales_from, "fitted_to": score.fitted_to}
-            write_scores(session, state, score)
         else:
             found, verdict = fixed_score_verdict(
                 given.chosen, given.rejected, given.prompts, used_score(stage), which="of train_file", seed=config.seed
@@ -75,9 +75,14 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
             raise
         session.console.print(f"Calibration: the score could not be tested: {problem}", highlight=False)
         return None
+    held_out = remember_held_out(stage, state)
+    # Own right and wrong answers are none that SFT has trained on.
+    if config.sft_epochs and (score is None or score.fitted_to == "pairs"):
+        verdict = verdict_after_sft(verdict, held_out)
+    if score is not None:
+        write_scores(session, state, score.model_copy(update={"verdict": verdict}))
     row |= {"verdict": verdict.kind, "words": verdict.words, "num_pairs": accuracy.count}
     row |= {"pair_accuracy": accuracy.value, "pair_accuracy_low": accuracy.low, "pair_accuracy_high": accuracy.high}
-    held_out = remember_held_out(stage, state)
     if held_out is not None:
         row |= {
             "eval/score_pair_accuracy": held_out.value,
@@ -211,7 +216,7 @@ def used_score(stage: Stage) -> tuple[tuple[str, ...], tuple[float, ...]]:
 
 def say(session: Session, verdict: Verdict, held_out: Estimate | None) -> None:
     more = ""
-    if held_out is not None:
+    if held_out is not None and "held-out pairs" not in verdict.words:
         more = (
             f" On held-out pairs: {held_out.value:.2f} [{held_out.low:.2f}, {held_out.high:.2f}] of {held_out.count}."
         )

@@ -10,9 +10,10 @@ from scipy.special import expit
 
 from gem.calibration import fit
 from gem.calibration.features import DEFAULT_FEATURES, FEATURES, linear_score, plain_scores
-from gem.calibration.fit import calibrate, pair_accuracy
+from gem.calibration.fit import MIN_HELD_OUT, calibrate, pair_accuracy, verdict_after_sft
+from gem.calibration.score_file import Verdict
 from gem.errors import UserError
-from gem.statistics import wilson_interval
+from gem.statistics import Estimate, wilson_interval
 
 LENGTH = FEATURES.index("length")
 COLUMNS = [FEATURES.index(name) for name in DEFAULT_FEATURES]
@@ -306,3 +307,38 @@ def test_refusals():
     for names in ([], ["length", "length"]):
         with pytest.raises(UserError, match="one or more different names"):
             calibrate(better, worse, range(6), features=names)
+
+
+SEEN = Verdict(kind="informative", words="Informative, strong. It prefers the better answer in 0.92 of 48 pairs.")
+
+
+@pytest.mark.parametrize(
+    ("held_out", "kind", "words"),
+    [
+        (Estimate(0.56, 0.39, 0.72, 32), "not_informative", "Not informative: the interval holds 0.5. It prefers"),
+        (Estimate(0.30, 0.16, 0.48, 32), "not_informative", "Not informative: worse than chance. It prefers"),
+        (Estimate(0.61, 0.55, 0.66, 300), "informative", "Informative, weak. It prefers the better answer in 0.61 ["),
+        (Estimate(0.72, 0.54, 0.85, 32), "informative", "Informative, moderate. It prefers"),
+        (Estimate(0.94, 0.80, 0.98, 32), "informative", "Informative, strong. It prefers"),
+    ],
+)
+def test_pairs_that_sft_has_not_seen_decide(held_out, kind, words):
+    found = verdict_after_sft(SEEN, held_out)
+    assert found.kind == kind and found.words.startswith(words)
+    assert f"of {held_out.count} held-out pairs" in found.words
+    assert (
+        "whose chosen answers SFT has trained on: informative, strong. It prefers the better answer in 0.92"
+        in found.words
+    )
+
+
+@pytest.mark.parametrize("held_out", [None, Estimate(0.4, 0.2, 0.6, MIN_HELD_OUT - 1)])
+def test_too_few_pairs_that_sft_has_not_seen_decide_nothing_and_are_asked_for(held_out):
+    found = verdict_after_sft(SEEN, held_out)
+    assert found.kind == "informative" and found.words.startswith(SEEN.words)
+    assert f"this may be too high; an eval_file of at least {MIN_HELD_OUT} other pairs would tell" in found.words
+
+
+def test_held_out_pairs_make_no_verdict_better():
+    worse = Verdict(kind="explained_by_length", words="Explained by length.")
+    assert verdict_after_sft(worse, Estimate(0.94, 0.80, 0.98, 32)) == worse

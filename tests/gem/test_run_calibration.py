@@ -21,6 +21,7 @@ from gem.files import write_jsonl
 from gem.loop import train
 from gem.run import calibration
 from gem.run.guards import Baseline, breaches, next_baseline
+from gem.statistics import Estimate
 from tests.helpers import save_tiny
 
 RUN = {
@@ -135,6 +136,28 @@ def test_the_gate_ends_the_run_after_sft_with_its_model(folder, kind, monkeypatc
     assert "SEGA is not run" in line and ("length" in line) == (kind == "explained_by_length")
     only, _ = run(folder, f"only-sft-{kind}", max_steps=0)
     assert weights(result) == weights(only)
+
+
+@pytest.mark.parametrize(("more", "judged"), [({}, True), ({"sft_epochs": 0}, False), ({"own": True}, False)])
+def test_a_score_fitted_to_pairs_that_sft_has_seen_is_judged_by_others(folder, monkeypatch, more, judged):
+    """Unless there was no SFT, or it is fitted to the model's own right and wrong answers."""
+    own, held_out = "own" in more, Estimate(0.56, 0.39, 0.72, 32)
+    settings = {key: value for key, value in more.items() if key != "own"}
+
+    def fake(*arguments, real=measure.calibrate_policy, **options):
+        fitted = real(*arguments, **options)
+        verdict = fitted.verdict.model_copy(update={"kind": "informative", "words": "Informative, strong. 0.92."})
+        return dataclasses.replace(fitted, verdict=verdict, fitted_to="candidates" if own else "pairs")
+
+    monkeypatch.setattr(calibration, "calibrate_policy", fake)
+    monkeypatch.setattr(calibration, "remember_held_out", lambda stage, state: held_out)
+    result, printed = run(folder, f"seen-{own}-{judged}", gate="stop", max_steps=1, **settings)
+    kind = "not_informative" if judged else "informative"
+    (row,) = [row for row in rows(result) if row["stage"] == "calibration"]
+    score = read_score(result.run_dir / "score.json")
+    assert row["verdict"] == score.verdict.kind == kind and row["words"] == score.verdict.words
+    assert ("SEGA" in result.evaluations) != judged
+    assert printed.count("0.56 [0.39, 0.72]") == 1
 
 
 def test_the_gate_warns_or_is_silent_and_lets_an_informative_score_pass(folder, monkeypatch):
