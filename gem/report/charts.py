@@ -16,6 +16,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 360, 202
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 28, 24
 SQUARE, MARGIN = 236, 34
+NAME_WIDTH = 6.5  # at most, of a letter of a stage's name
 MOST_MARKED = 40  # points of a line that are drawn as shapes too
 
 
@@ -77,7 +78,11 @@ def lines(title: str, unit: str, series: Sequence[Series], axis: Axis) -> Lines:
             continue
         if start > first:
             _line(svg, across(start - 0.5), TOP - 24, across(start - 0.5), HEIGHT - BOTTOM, "stage")
-        _words(svg, across(max(start - 0.5, first)) + 4, TOP - 18, name, "stage-name")
+        begin = across(max(start - 0.5, first)) + 4
+        if begin + NAME_WIDTH * len(name) <= WIDTH:
+            _words(svg, begin, TOP - 18, name, "stage-name")
+        else:  # before its line, as there is no room behind it
+            _words(svg, begin - 8, TOP - 18, name, "stage-name end")
     for step in sorted({first, (first + last) // 2, last}):
         _words(svg, across(step), HEIGHT - 8, str(step), "tick middle")
     for step, _ in axis.guards:

@@ -243,6 +243,16 @@ def test_a_run_of_one_step_and_one_value():
     assert chart.points == [{"x": 46.0, "at": "SFT step 1", "values": ["0"], "guards": []}]
 
 
+def test_the_name_of_a_stage_stays_in_the_drawing():
+    points = [charts.Series("a", [(step, 1.0 + step, None, None) for step in range(17)])]
+    drawn = charts.lines("A", "nats", points, charts.Axis([("SFT", 1, 12), ("rejection sampling", 13, 16)])).svg
+    named = re.findall(r'<text x="([\d.]+)"[^>]*class="stage-name( end)?">([^<]+)', drawn)
+    assert [name for _, _, name in named] == ["SFT", "rejection sampling"]
+    for x, end, name in named:
+        left = float(x) - 6.5 * len(name) * bool(end)
+        assert left >= charts.LEFT and left + 6.5 * len(name) <= charts.WIDTH, name
+
+
 def test_evaluations_before_and_after(tmp_path):
     rows = read_metrics(write_rows(tmp_path / "metrics.jsonl", metric_rows()))
     table = views.evaluation_table(rows, views.run_axis(rows))
