@@ -37,7 +37,7 @@ def draw_curves(out: Path, num_seeds: int, path: Path) -> bool:
     matplotlib.rcParams |= {"svg.hashsalt": "gem", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(len(PANELS), 1, figsize=(8.4, 7.0), layout="constrained", sharex=True)
+    figure, grid = plt.subplots(len(PANELS), 1, figsize=(8.4, 8.4), layout="constrained", sharex=True)
     for axes, (key, label) in zip(grid, PANELS.items()):
         for i, (words, curves) in enumerate(rows.items()):
             steps, values = mean_curve(curves, key)
@@ -48,7 +48,7 @@ def draw_curves(out: Path, num_seeds: int, path: Path) -> bool:
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
     grid[-1].set_xlabel("optimizer steps")
     grid[-1].set_yscale("symlog", linthresh=1e-2)
-    grid[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     save(figure, path)
     return True
 

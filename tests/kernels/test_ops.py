@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 import torch._inductor.config
 import torch._inductor.cpu_vec_isa
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import gem_kernels
 from gem_kernels import (
@@ -131,7 +132,8 @@ AT_ONCE = {"compile_threads": 1, "cpp.vec_isa_ok": True}
 def untried(monkeypatch):
     monkeypatch.setattr(torch._inductor.cpu_vec_isa.VecISA, "_probe_load", lambda *_: True, raising=False)
     # Inductor (torch 2.13) keeps code that it wrote for one vector length, and compiles it for another: wrong numbers.
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", torch.backends.cpu.get_cpu_capability())
+    kept = f"{default_cache_dir()}-{torch.backends.cpu.get_cpu_capability()}"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", kept)
 
 
 @pytest.mark.parametrize("function,backend", [(scores_and_loss, "aot_eager"), (loss, "aot_eager"), INDUCTOR])
