@@ -13,14 +13,19 @@ OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#777777", "#b8a000", "#00
 MARKERS = "osD^vPX<>h"
 
 
-def draw(work: str, kind: str, title: str, rows: Sequence[dict], folder: Path) -> list[tuple[str, str]]:
-    """Writes what can be drawn of a work; -> (file name, caption) of each."""
-    if work in ("hard", "step", "scores"):
-        return []
+def use_svg() -> None:
+    """The look of every plot; the same results give the same file."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "gem", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw(work: str, kind: str, title: str, rows: Sequence[dict], folder: Path) -> list[tuple[str, str]]:
+    """Writes what can be drawn of a work; -> (file name, caption) of each."""
+    if work in ("hard", "step", "scores"):
+        return []
+    use_svg()
     folder.mkdir(parents=True, exist_ok=True)
     colours = styles(sorted({row["rival"] for row in rows}))
     made = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.evidence.objectives import OBJECTIVES
 from bench.evidence.tables import read_rows
-from bench.plots import MARKERS, OTHERS, OURS, save
+from bench.plots import MARKERS, OTHERS, OURS, save, use_svg
 
 PANELS = {
     "held_out_logprob": "log-prob of held-out\nchosen answers, nats",
@@ -31,10 +31,7 @@ def draw_curves(out: Path, num_seeds: int, path: Path) -> bool:
     rows = {words: curves for words, curves in rows.items() if curves}
     if not rows:
         return False
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "gem", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    use_svg()
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(len(PANELS), 1, figsize=(8.4, 8.4), layout="constrained", sharex=True)
