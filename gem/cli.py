@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from gem.config.read import commented_config, load_config
+from gem.config.read import commented_config, load_command_line
 from gem.config.section import CHOICES
 from gem.config.settings import SCORE_FEATURES, TrainConfig
 from gem.data.sources import check_source
@@ -90,7 +90,7 @@ def options(
 )
 def train_command(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML; any key of it can be given as a flag.")],
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML; none: all settings are flags.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all but the weights, say what it takes; write nothing.")
@@ -102,7 +102,7 @@ def train_command(
     Several GPUs: accelerate launch -m gem train CONFIG (on a CPU: torchrun).
     All keys with their defaults: gem config --preset paper (or safe).
     """
-    settings = load_config(config, context.args)
+    settings = load_command_line([] if config is None else [config, *context.args])
     if resume and dry_run:
         raise UserError("--dry-run: expected a new run, got --resume; leave one of the two out")
     _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)

@@ -24,6 +24,24 @@ def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides:
     return build_config(values)
 
 
+def load_command_line(words: Sequence[str]) -> TrainConfig:
+    """The words of a command, `[CONFIG] [--key value ...]` in any order, as `load_config` takes them."""
+    paths: list[str] = []
+    flags: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            paths.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and rest:
+            flags.append(rest.pop(0))
+    if len(paths) > 1:
+        raise UserError(f"flags: expected one config and then --key value, got {short(paths[1])}")
+    return load_config(paths[0] if paths else None, flags)
+
+
 def build_config(values: Mapping[str, Any]) -> TrainConfig:
     """Checks every key and value and returns the config; raises `UserError` on the first that is wrong.
 

@@ -88,6 +88,20 @@ def test_score_finds_answers_as_asked(folder, monkeypatch, capsys):
     assert code == 2 and "'bold'" in err and "boxed" in err
 
 
+def test_train_needs_no_config_file(folder, tmp_path, monkeypatch, capsys):
+    """Settings are flags then, and the file may stand after them."""
+    paths = {"--model": folder / "model", "--train_file": folder / "pairs.jsonl", "--output_dir": tmp_path / "run"}
+    flags = [word for pair in paths.items() for word in pair]
+    command = ["train", "--preset", "safe", "--device", "cpu", *flags, "--dry-run"]
+    code, alone, err = call(command, monkeypatch, capsys)
+    assert (code, err) == (0, "") and "prompts to sample for" in alone and not (tmp_path / "run").exists()
+    (tmp_path / "c.yaml").write_text("preset: safe\n")
+    code, both, _ = call(["train", *flags, "--device=cpu", tmp_path / "c.yaml", "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and "prompts to sample for" in both
+    code, _, err = call(["train", "--preset", "safe"], monkeypatch, capsys)
+    assert code == 2 and "--model" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("preset", ["paper", "safe"])
 def test_a_printed_config_is_read_back(preset, tmp_path, monkeypatch, capsys):
     code, out, _ = call(["config", "--preset", preset], monkeypatch, capsys)

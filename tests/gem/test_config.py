@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gem.config.read import build_config, commented_config, config_text, load_config, parse_flags
+from gem.config.read import build_config, commented_config, config_text, load_command_line, load_config, parse_flags
 from gem.config.settings import GuardSettings, Sampling, Scoring, TrainConfig
 from gem.errors import UserError
 
@@ -20,6 +20,25 @@ def test_flags_stand_over_the_file(tmp_path):
     assert config.mask_truncated is True
     assert config.eval_file is None
     assert config.top_m == 4 and isinstance(config.top_m, int)
+
+
+def test_a_command_has_its_config_anywhere_or_none(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ntrain_file: t.jsonl\noutput_dir: o\nseed: 4\n")
+    flags = ["--max_steps", "7", "--preset=safe"]
+    expected = build_config({**NEEDED, "seed": 4, "max_steps": 7, "preset": "safe"})
+    for words in ([str(path), *flags], [*flags, str(path)], [*flags[:2], str(path), *flags[2:]]):
+        assert load_command_line(words) == expected
+    alone = load_command_line([word for key, value in NEEDED.items() for word in (f"--{key}", value)])
+    assert alone == build_config(NEEDED)
+    with pytest.raises(UserError, match=r"one config.*'other.yaml'"):
+        load_command_line([str(path), *flags, "other.yaml"])
+    with pytest.raises(UserError, match="--seed: expected a value"):
+        load_command_line([str(path), "--seed"])
+    with pytest.raises(UserError, match=r"use_peft.*c.yaml"):
+        load_command_line(["--use_peft", str(path)])
+    with pytest.raises(UserError, match=r"model.*--model"):
+        load_command_line([])
 
 
 def test_a_text_flag_stays_text():
