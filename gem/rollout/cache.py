@@ -55,10 +55,6 @@ class RoomyLayer(DynamicLayer):
         super().reset()
         self.memory = []
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)
-        self.memory = []
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.memory = []

@@ -34,6 +34,9 @@ STORIES = {
     "candidates of each prompt": [
         ("update", tokens(5)), ("batch_repeat_interleave", [2]), *[("update", tokens(1, 2 * B))] * 3,
     ],
+    "candidates after tokens": [
+        ("update", tokens(5)), *UPDATES, ("batch_repeat_interleave", [2]), *[("update", tokens(1, 2 * B))] * 3,
+    ],
     "more tokens than there is room": [("update", tokens(2)), *[("update", tokens(1))] * (2 * ROOM + 3)],
     "several tokens at once": [("update", tokens(2)), ("update", tokens(ROOM)), ("update", tokens(7)), *UPDATES],
     "rows that end": [
