@@ -18,7 +18,7 @@ def load_yaml(text: str) -> Any:
     with which a few lines of text become a value without end.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError as error:
         raise NotPlain("nested too deeply") from error
     except Exception as error:  # a YAMLError, or what its constructors stumble over: 2026-99-99, "!!int" alone
