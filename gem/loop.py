@@ -164,7 +164,8 @@ def run_stage(stage: Stage, session: Session, state: RunState, points: SavePoint
                 evaluation = None
                 if state.step < stage.num_steps and is_due(config.eval_steps, state.step):
                     evaluation = run_evaluation(session, state, f"{stage.name} {state.step}", stage.linear)
-                watch(guards, stage, state, row, evaluation)
+                # Candidates that were sampled once are those of the policy before the stage.
+                watch(guards, stage, state, {} if stage.samples_once else row, evaluation)
                 if state.step < stage.num_steps and is_due(config.recalibrate_steps, state.step):
                     recalibrate(stage, state, guards)
             points.after_step(stage, guards)

@@ -11,7 +11,7 @@ import torch
 
 from bench.evidence.start import Start
 from gem.calibration.features import CALIBRATED, feature_columns, linear_score, plain_scores
-from gem.calibration.fit import PairCalibration, PairFeatures, pair_accuracy, verdict_after_sft
+from gem.calibration.fit import PairCalibration
 from gem.calibration.measure import (
     calibrate_policy,
     candidate_features,
@@ -19,6 +19,7 @@ from gem.calibration.measure import (
     pair_features,
     right_and_wrong,
 )
+from gem.calibration.verdict import PairFeatures
 from gem.config.settings import SCORE_FEATURES
 from gem.data.answers import answers_match
 from gem.data.batches import TokenizedPair
@@ -89,9 +90,8 @@ def sft_scores(start: Start, samples: Path, sizes: dict[str, int]) -> tuple[dict
         values = np.array(found.pop("features"))
         scores = all_scores(values) | {name: linear_score(values, *fitted.linear) for name, fitted in fits.items()}
         found["samples"] = {name: value.tolist() for name, value in scores.items()}
-    unseen, verdict = pair_margins(held_out, fits, held_out=True), fits[CALIBRATED].verdict
-    if fits[CALIBRATED].fitted_to == "pairs":  # as in gem train
-        verdict = verdict_after_sft(verdict, pair_accuracy(np.array(unseen[CALIBRATED]), held_out.prompts, config.seed))
+    unseen = pair_margins(held_out, fits, held_out=True)
+    verdict = fits[CALIBRATED].verdict_after_sft(held_out, seed=config.seed)  # as in gem train
     table = {
         "given": pair_margins(given, fits, held_out=False),
         "given_prompts": [_key(prompt) for prompt in given.prompts],

@@ -16,49 +16,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from gem.calibration.features import (
-    CALIBRATED,
-    DEFAULT_FEATURES,
-    FEATURES,
-    LONGER,
-    SHORTER,
-    feature_array,
-    feature_columns,
-    linear_score,
-    plain_scores,
-)
+from gem.calibration.features import CALIBRATED, DEFAULT_FEATURES, FEATURES, feature_array, feature_columns
 from gem.calibration.score_file import Platt, Samples, Score, Verdict
+from gem.calibration.verdict import (
+    MIN_PROMPTS,
+    TRAINED_ON,
+    PairFeatures,
+    check_pairs,
+    judge,
+    judge_own,
+    pair_accuracy,
+    plain_margins,
+    verdict_on_others,
+)
 from gem.errors import UserError
-from gem.statistics import NUM_RESAMPLES, Estimate, mean_estimate, share_estimate, wilson_interval
+from gem.statistics import NUM_RESAMPLES, Estimate
 
 # Strengths that are tried, the strongest first, so that of equals the strongest is taken. Decades are fine enough: the
 # held-out loss hardly changes within one.
 STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
 INNER_FOLDS = 5
-# With fewer prompts cross-validation chooses by chance: DEFAULT_STRENGTH is taken, and no verdict is `informative`.
-MIN_PROMPTS = 8
-MIN_HELD_OUT = 16  # pairs that SFT has not seen, which then decide in place of those that it has
+# With fewer than MIN_PROMPTS prompts cross-validation chooses by chance: this is taken.
 DEFAULT_STRENGTH = 1.0
 # Prompts x pairs up to which each prompt is left out alone (632 pairs of as many prompts); beyond, prompts are left out
 # in so many groups that groups x pairs stays below it, at least 10.
 MAX_HELD_OUT = 400_000
 # A feature whose differences are this small beside its values is constant up to fp32's rounding: it gets weight 0.
 CONSTANT = 1e-6
-# Which pairs a verdict is about, in its words.
-HELD_OUT, OWN = "it was not fitted on", "a right and a wrong answer of the model's own"
-# How the words of a verdict call a share of pairs.
-MODERATE, STRONG = 0.65, 0.8
-
-
-@dataclass(frozen=True)
-class PairFeatures:
-    """Features of pairs [N, 9] float64, in the order of `FEATURES`, and the prompt of each."""
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    prompts: list[Hashable]
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,11 @@ class PairCalibration:
     pair_accuracy: dict[str, Estimate]
     verdict: Verdict
     scales_from: Literal["candidates", "pairs"] = "pairs"
-    fitted_to: Literal["candidates", "pairs"] = "pairs"
+    own: PairFeatures | None = None  # the pairs, where they are of the model's own answers
+
+    @property
+    def fitted_to(self) -> Literal["candidates", "pairs"]:
+        return "pairs" if self.own is None else "candidates"
 
     @property
     def linear(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -87,6 +76,23 @@ class PairCalibration:
     def unseen_weights(self, prompts: Sequence[Hashable]) -> np.ndarray:
         """Weights of raw features, [N, F]: for a prompt that was fitted on those of the score fitted without it."""
         return _unseen_weights(self.prompts, self.held_out_weights, self.weights / self.scales, prompts)
+
+    def verdict_after_sft(self, others: PairFeatures | None, *, fork_weight: float = 1.0, seed: int = 0) -> Verdict:
+        """The verdict where SFT has trained on the given pairs' chosen answers: by what neither has seen.
+
+        That are held-out pairs, `others`, and the model's own right and wrong answers, each prompt held out.
+        """
+        margins = None
+        if others is not None:
+            differences = (others.chosen - others.rejected)[:, feature_columns(self.features)]
+            margins = (differences * self.unseen_weights(others.prompts)).sum(1)
+        if self.own is not None:
+            which = "that neither it nor SFT was fitted to"
+            return judge_own(
+                self.own, self.held_out, others, margins, fork_weight=fork_weight, seed=seed, which=which
+            )[1]  # fmt: skip
+        found = None if others is None or margins is None else pair_accuracy(margins, others.prompts, seed)
+        return verdict_on_others(self.verdict, found, TRAINED_ON)
 
     def score(
         self,
@@ -163,7 +169,7 @@ def calibrate(
     """
     better, worse = feature_array(chosen, "chosen"), feature_array(rejected, "rejected")
     columns = feature_columns(features)
-    groups = _check_pairs(better, worse, prompts)
+    groups = check_pairs(better, worse, prompts)
     differences = (better - worse)[:, columns]
     sizes = np.maximum(np.abs(better), np.abs(worse))[:, columns]
 
@@ -176,15 +182,17 @@ def calibrate(
     held_out_weights = _held_out_weights(differences, sizes, groups, counts, fixed)
     held_out = (differences * held_out_weights).sum(1)
 
-    tested, which, judged = list(prompts), HELD_OUT, held_out
-    if given is not None:
-        which = f"{HELD_OUT} ({len(groups)} of them {OWN})"
-        tested += given.prompts
+    own = None if given is None else PairFeatures(better, worse, list(prompts))
+    if own is None or given is None:
+        tested = list(prompts)
+        margins = plain_margins(better, worse, fork_weight) | {CALIBRATED: held_out}
+        accuracy = {name: pair_accuracy(margin, tested, seed) for name, margin in margins.items()}
+        verdict = judge(margins, accuracy, tested, seed)
+    else:
+        tested = [*prompts, *given.prompts]
         unseen = _unseen_weights(prompts, held_out_weights, weights / found, given.prompts)
-        judged = np.concatenate([held_out, ((given.chosen - given.rejected)[:, columns] * unseen).sum(1)])
-        better, worse = np.concatenate([better, given.chosen]), np.concatenate([worse, given.rejected])
-    margins = _plain_margins(better, worse, fork_weight) | {CALIBRATED: judged}
-    accuracy = {name: pair_accuracy(margin, tested, seed) for name, margin in margins.items()}
+        others = ((given.chosen - given.rejected)[:, columns] * unseen).sum(1)
+        accuracy, verdict = judge_own(own, held_out, given, others, fork_weight=fork_weight, seed=seed)
     return PairCalibration(
         features=tuple(features),
         weights=weights,
@@ -196,9 +204,9 @@ def calibrate(
         prompts=tuple(prompts),
         num_prompts=len(set(tested)),
         pair_accuracy=accuracy,
-        verdict=judge(margins, accuracy, tested, seed, which),
+        verdict=verdict,
         scales_from="pairs" if fixed is None else "candidates",
-        fitted_to="pairs" if given is None else "candidates",
+        own=own,
     )
 
 
@@ -234,144 +242,6 @@ def candidate_scales(values: Any, valid: Any) -> np.ndarray:
             "or none (scales are then those of the pairs)"
         )
     return np.where(squares > CONSTANT**2 * sizes, np.sqrt(squares / number), np.inf)
-
-
-def pair_accuracy(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """Share of pairs with S(a+) > S(a-), a tie one half; 95 % interval.
-
-    Wilson's where each prompt has one pair, else a bootstrap over prompts; where all pairs agree a bootstrap has no
-    width, so it is Wilson's of the number of prompts.
-    """
-    found = share_estimate(pair_wins(margins), prompts, seed)
-    if found.value in (0.0, 1.0):
-        number = len(set(prompts))
-        return Estimate(found.value, *wilson_interval(found.value * number, number), found.count)
-    return found
-
-
-def judge(
-    margins: dict[str, np.ndarray],
-    accuracy: dict[str, Estimate],
-    prompts: Sequence[Hashable],
-    seed: int = 0,
-    which: str = HELD_OUT,
-) -> Verdict:
-    """The verdict on the calibrated score, or on another in its place. which: pairs, in the words of the verdict.
-
-    not_informative       the 95 % interval of its held-out pair accuracy holds 0.5 (or lies below), or there are fewer
-                          than `MIN_PROMPTS` prompts
-    explained_by_length   the interval of length alone, in its better direction, excludes 0.5, and that of the paired
-                          difference (calibrated - length alone) does not lie above 0
-    informative           else
-    """
-    found = accuracy[CALIBRATED]
-    number = len(set(prompts))
-    counts = f"{found.count} pairs" if number == found.count else f"{found.count} pairs of {number} prompts"
-    told = f"It prefers the better answer in {_words(found)} of {counts} {which}; chance is 0.5."
-    if number < MIN_PROMPTS:
-        return Verdict(
-            kind="not_informative",
-            words=f"Not informative: {number} prompts are too few to tell, at least {MIN_PROMPTS} are needed. {told}",
-        )
-    if found.low <= 0.5:
-        more = "the interval holds 0.5" if found.high >= 0.5 else "worse than chance"
-        words = f"Not informative: {more}. {told} These pairs do not show that the score tells better from worse."
-        return Verdict(kind="not_informative", words=words)
-    direction = LONGER if accuracy[LONGER].value > accuracy[SHORTER].value else SHORTER
-    length = accuracy[direction]
-    alone = f"Length alone ({'longer' if direction == LONGER else 'shorter'} is better) does so in {_words(length)}"
-    gain = mean_estimate(pair_wins(margins[CALIBRATED]) - pair_wins(margins[direction]), prompts, seed)
-    difference = f"the difference is {_words(gain, '+.2f')}"
-    if length.low > 0.5 and gain.low <= 0:
-        words = f"Explained by length. {told} {alone}: {difference}, so these pairs show nothing beyond length."
-        return Verdict(kind="explained_by_length", words=words)
-    return Verdict(kind="informative", words=f"Informative, {_strength(found)}. {told} {alone}: {difference}.")
-
-
-def verdict_after_sft(verdict: Verdict, held_out: Estimate | None) -> Verdict:
-    """The verdict on a score fitted to, or tested on, pairs whose chosen answers SFT has trained on.
-
-    Of such pairs any score that knows probable answers prefers the chosen ones. So `held_out`, the pair accuracy on
-    pairs that SFT has not seen, decides where there are `MIN_HELD_OUT` of them; its value says how strong the score is.
-    """
-    if verdict.kind != "informative":
-        return verdict
-    seen = f"On the given pairs, whose chosen answers SFT has trained on: {verdict.words[0].lower()}{verdict.words[1:]}"
-    if held_out is None or held_out.count < MIN_HELD_OUT:
-        words = (
-            f"{verdict.words} SFT has trained on the chosen answers of these pairs, so this may be too high; an "
-            f"eval_file of at least {MIN_HELD_OUT} other pairs would tell."
-        )
-        return Verdict(kind="informative", words=words)
-    told = f"It prefers the better answer in {_words(held_out)} of {held_out.count} held-out pairs; chance is 0.5."
-    if held_out.low <= 0.5:
-        more = "the interval holds 0.5" if held_out.high >= 0.5 else "worse than chance"
-        return Verdict(kind="not_informative", words=f"Not informative: {more}. {told} {seen}")
-    return Verdict(kind="informative", words=f"Informative, {_strength(held_out)}. {told} {seen}")
-
-
-def _strength(found: Estimate) -> str:
-    return "strong" if found.value >= STRONG else "moderate" if found.value >= MODERATE else "weak"
-
-
-def _words(estimate: Estimate, form: str = ".2f") -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def pair_wins(margins: np.ndarray) -> torch.Tensor:
-    """1 where S(a+) > S(a-), 0 where it is the other way, a tie one half: float64, shaped like the margins."""
-    return torch.from_numpy((np.sign(margins) + 1) / 2)
-
-
-def fixed_score_verdict(
-    chosen: Any,
-    rejected: Any,
-    prompts: Sequence[Hashable],
-    linear: tuple[Sequence[str], Sequence[float]],
-    *,
-    which: str,
-    seed: int = 0,
-) -> tuple[dict[str, Estimate], Verdict]:
-    """(pair accuracies, verdict) of a score that is there already, under the name of the calibrated one.
-
-    linear: (names, weights) for `linear_score`. which: "given pairs", in the words of the verdict.
-    """
-    better, worse = feature_array(chosen, "chosen"), feature_array(rejected, "rejected")
-    groups = _check_pairs(better, worse, prompts).tolist()
-    margins = _plain_margins(better, worse, 1.0)
-    margins[CALIBRATED] = linear_score(better, *linear) - linear_score(worse, *linear)
-    accuracy = {name: pair_accuracy(margins[name], groups, seed) for name in (CALIBRATED, LONGER, SHORTER)}
-    return accuracy, judge(margins, accuracy, groups, seed, which)
-
-
-def _plain_margins(better: np.ndarray, worse: np.ndarray, fork_weight: float) -> dict[str, np.ndarray]:
-    chosen, rejected = plain_scores(better, fork_weight), plain_scores(worse, fork_weight)
-    return {name: chosen[name] - rejected[name] for name in chosen}
-
-
-def _check_pairs(better: np.ndarray, worse: np.ndarray, prompts: Sequence[Hashable]) -> np.ndarray:
-    """The prompts as numbers from 0, [N]."""
-    if better.ndim != 2 or better.shape != worse.shape or len(prompts) != len(better):
-        raise UserError(
-            f"pairs: expected chosen and rejected [N, {len(FEATURES)}] and N prompts, got {list(better.shape)}, "
-            f"{list(worse.shape)} and {len(prompts)}; give one row a pair"
-        )
-    for side, values in (("chosen", better), ("rejected", worse)):
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise UserError(
-                f"pairs: {FEATURES[column]} of the {side} answer of pair {row} (counted from 0) is "
-                f"{values[row, column]}, expected a finite number; leave the pair out or look at its answer"
-            )
-    places: dict[Hashable, int] = {}
-    groups = np.array([places.setdefault(prompt, len(places)) for prompt in prompts], np.int64)
-    if len(places) < 2:
-        raise UserError(
-            f"pairs: expected pairs of at least 2 prompts, got {len(places)}; "
-            "a score is tested on a prompt that it was not fitted on: add pairs"
-        )
-    return groups
 
 
 def _check_scales(scales: np.ndarray) -> np.ndarray:
@@ -444,16 +314,17 @@ def _choose_strengths(
     groups: np.ndarray,
     counts: np.ndarray,
     fixed: np.ndarray | None = None,
+    least: int = MIN_PROMPTS,
 ) -> np.ndarray:
     """The strength with the smallest held-out log-loss for each choice of rows, those whose counts [K, N] are above 0:
-    [K]."""
+    [K]. Of fewer than `least` prompts it is `DEFAULT_STRENGTH`."""
     from sklearn.model_selection import GroupKFold
 
     tasks, rows_of = [], []
     for k, kept in enumerate(counts > 0):
         rows = np.flatnonzero(kept)
         number = len(np.unique(groups[rows]))
-        if number < MIN_PROMPTS:
+        if number < least:
             continue
         for train, test in GroupKFold(min(INNER_FOLDS, number)).split(rows, groups=groups[rows]):
             tasks.append(k)
@@ -491,7 +362,8 @@ def _held_out_weights(
     counts = np.tile(pair_counts, (len(folds), 1))
     for k, test in enumerate(folds):
         counts[k, test] = 0
-    strengths = _choose_strengths(differences, sizes, groups, counts, fixed)
+    # A prompt fewer than the score itself has: its strength is chosen as the score's own is.
+    strengths = _choose_strengths(differences, sizes, groups, counts, fixed, MIN_PROMPTS - 1)
     scales = _scales(differences, sizes, counts, fixed)
     weights = _refit(differences, counts, scales, strengths) / scales
     found = np.empty(differences.shape)

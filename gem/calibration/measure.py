@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from gem.calibration.features import CALIBRATED, FEATURES, feature_columns, linear_score, plain_scores
-from gem.calibration.fit import MIN_PROMPTS, PairCalibration, PairFeatures, calibrate, candidate_scales, pair_wins
+from gem.calibration.fit import PairCalibration, calibrate, candidate_scales
 from gem.calibration.probability import fit_platt
 from gem.calibration.samples import evaluate_samples
 from gem.calibration.score_file import Platt, Samples, hash_pairs
+from gem.calibration.verdict import MIN_PROMPTS, PairFeatures, pair_wins
 from gem.config.settings import Sampling, Scoring
 from gem.data.answers import answers_match
 from gem.data.batches import TokenizedPair

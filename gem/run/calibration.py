@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gem.calibration.features import CALIBRATED, linear_score
-from gem.calibration.fit import PairFeatures, fixed_score_verdict, pair_accuracy, verdict_after_sft
+from gem.calibration.fit import PairCalibration
 from gem.calibration.measure import (
     SCALE_PROMPTS,
     PromptIds,
@@ -28,6 +28,14 @@ from gem.calibration.measure import (
     right_and_wrong,
 )
 from gem.calibration.score_file import Score, Verdict, write_score
+from gem.calibration.verdict import (
+    FITTED_TO,
+    TRAINED_ON,
+    PairFeatures,
+    fixed_score_verdict,
+    pair_accuracy,
+    verdict_on_others,
+)
 from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
 from gem.errors import UserError
@@ -53,6 +61,7 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
         return None
     pairs = calibration_pairs(session)
     row: dict[str, Any] = {"stage": "calibration", "step": state.step, "score": config.score}
+    fitted: PairCalibration | None = None
     score: Score | None = None
     try:
         with progress(session.console, "Calibration", len(pairs)) as bar:
@@ -60,7 +69,8 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
                 session.policy, session.form, pairs, stage.scoring, batch_size=config.eval_batch_size, bar=bar
             )
         if config.score == "calibrated":
-            score = fit_score(stage, state, given, pairs)
+            fitted = fit_score(stage, state, given, pairs)
+            score = as_score(fitted, stage, state, pairs)
             stage.linear = LinearScore(score.weights, score.scales)
             accuracy, verdict = score.pair_accuracy[CALIBRATED], score.verdict
             row |= {"weights": score.weights, "weight_intervals": score.weight_intervals, "scales": score.scales}
@@ -75,10 +85,9 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
             raise
         session.console.print(f"Calibration: the score could not be tested: {problem}", highlight=False)
         return None
-    held_out = remember_held_out(stage, state)
-    # Own right and wrong answers are none that SFT has trained on.
-    if config.sft_epochs and (score is None or score.fitted_to == "pairs"):
-        verdict = verdict_after_sft(verdict, held_out)
+    others = held_out_features(session) if watches_score(config) else None
+    held_out = remember_held_out(stage, state, others)
+    verdict = unseen_verdict(stage, fitted, verdict, others, held_out)
     if score is not None:
         write_scores(session, state, score.model_copy(update={"verdict": verdict}))
     row |= {"verdict": verdict.kind, "words": verdict.words, "num_pairs": accuracy.count}
@@ -91,6 +100,23 @@ def measure_score(stage: Stage, state: RunState) -> dict[str, Any] | None:
         }
     say(session, verdict, held_out)
     return row
+
+
+def unseen_verdict(
+    stage: Stage,
+    fitted: PairCalibration | None,
+    verdict: Verdict,
+    others: PairFeatures | None,
+    held_out: Estimate | None,
+) -> Verdict:
+    """`verdict`, or, where SFT has trained on the given pairs or a score may be fitted to them, that of other pairs."""
+    config = stage.config
+    if fitted is not None and config.sft_epochs:
+        return fitted.verdict_after_sft(others, fork_weight=config.fork_weight, seed=config.seed)
+    if config.sft_epochs:
+        return verdict_on_others(verdict, held_out, TRAINED_ON)
+    from_file = config.score not in ("paper", "calibrated")
+    return verdict_on_others(verdict, held_out, FITTED_TO) if from_file else verdict
 
 
 def gate_is_open(stage: Stage, state: RunState, row: dict[str, Any] | None) -> bool:
@@ -120,7 +146,7 @@ def gate_is_open(stage: Stage, state: RunState, row: dict[str, Any] | None) -> b
     return False
 
 
-def fit_score(stage: Stage, state: RunState, given: PairFeatures, pairs: list[TokenizedPair]) -> Score:
+def fit_score(stage: Stage, state: RunState, given: PairFeatures, pairs: list[TokenizedPair]) -> PairCalibration:
     """The score that the pairs ask for under the policy as it is now."""
     config = stage.config
     prompts = prompts_to_sample(pairs)
@@ -128,12 +154,15 @@ def fit_score(stage: Stage, state: RunState, given: PairFeatures, pairs: list[To
         prompts = dict(list(known_answers(pairs).items())[:SCALE_PROMPTS])
     candidates = calibration_candidates(stage, state, list(prompts))
     own = None if candidates is None else right_and_wrong(candidates, list(prompts), list(prompts.values()))
-    fitted = calibrate_policy(
+    return calibrate_policy(
         given, candidates, own, features=config.score_features, fit_to=config.calibrate_on,
         fork_weight=config.fork_weight, seed=config.seed,
     )  # fmt: skip
+
+
+def as_score(fitted: PairCalibration, stage: Stage, state: RunState, pairs: list[TokenizedPair]) -> Score:
     name = f"{stage.session.run_dir.name}, after {state.total_steps} steps"
-    return fitted.score(model=name, pairs_hash=pairs_hash(pairs), top_m=config.top_m)
+    return fitted.score(model=name, pairs_hash=pairs_hash(pairs), top_m=stage.config.top_m)
 
 
 def calibration_candidates(stage: Stage, state: RunState, prompts: list[PromptIds]) -> ScoredRollout | None:
@@ -182,16 +211,18 @@ def watches_score(config: TrainConfig) -> bool:
     return config.uses_score and (config.score != "paper" or config.guards != "off" or config.keep_best)
 
 
-def with_score(result: Evaluation, session: Session, linear: LinearScore | None) -> Evaluation:
-    """The evaluation with the held-out pair accuracy of the score: `linear`, or the paper's where it is trained on."""
+def with_score(
+    result: Evaluation, session: Session, linear: LinearScore | None, given: PairFeatures | None = None
+) -> Evaluation:
+    """The evaluation with the held-out pair accuracy of the score: `linear`, or the paper's where it is trained on.
+
+    given: the features of the held-out pairs, where they are known.
+    """
     config = session.config
     if not watches_score(config) or (config.score == "calibrated" and linear is None):
         return result
-    try:
-        given = pair_features(
-            session.policy, session.form, session.eval_pairs, config, batch_size=config.eval_batch_size
-        )
-    except UserError:  # no held-out pair has an answer, and no_answer: exclude
+    given = given or held_out_features(session)
+    if given is None:
         return result
     names_weights = _names_and_weights(linear or paper_score(config))
     margins = linear_score(given.chosen, *names_weights) - linear_score(given.rejected, *names_weights)
@@ -201,10 +232,20 @@ def with_score(result: Evaluation, session: Session, linear: LinearScore | None)
     return dataclasses.replace(result, score=pair_accuracy(margins, given.prompts, config.seed), score_wins=wins)
 
 
-def remember_held_out(stage: Stage, state: RunState) -> Estimate | None:
+def held_out_features(session: Session) -> PairFeatures | None:
+    """Of the held-out pairs under the policy as it is; None where none has an answer, and no_answer is exclude."""
+    try:
+        return pair_features(
+            session.policy, session.form, session.eval_pairs, session.config, batch_size=session.config.eval_batch_size
+        )
+    except UserError:
+        return None
+
+
+def remember_held_out(stage: Stage, state: RunState, given: PairFeatures | None) -> Estimate | None:
     """The held-out pair accuracy of the stage's score; at the start of the objective it is kept with the evaluation."""
     name = list(state.evaluations)[-1]
-    found = with_score(state.evaluations[name], stage.session, stage.linear)
+    found = with_score(state.evaluations[name], stage.session, stage.linear, given)
     if state.step == 0:
         state.evaluations[name] = found
     return found.score

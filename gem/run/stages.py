@@ -27,7 +27,7 @@ from gem.run.session import Session
 from gem.scoring.score import ScoredRollout, score_rollout
 from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
-from gem.update.optimizer import NO_STEP, StepResult, Trainer
+from gem.update.optimizer import StepResult, Trainer
 from gem.update.rejection import best_of_each, choose_winners, rejection_metrics
 from gem.update.sega import mean_kl, sega_step
 from gem.update.sft import sft_step
@@ -247,7 +247,7 @@ class FilteredDpo(Dpo):
         scored = self.sample(self.batch(step), step)
         ref = self.reference_logprobs(scored) if self.config.guards != "off" else None
         pairs = filtered_pairs(scored)
-        result = self.step_on(pairs) if pairs else dataclasses.replace(NO_STEP, note="no pair")
+        result = self.step_on(pairs) if pairs else dataclasses.replace(self.trainer.skip(), note="no pair")
         return self.on_candidates(result, scored, ref)
 
 

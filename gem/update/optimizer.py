@@ -145,6 +145,11 @@ class Trainer:
         self._finish(skipped)
         return StepResult(loss, norm, rate, skipped)
 
+    def skip(self, number: int = 1) -> StepResult:
+        """Steps without anything to learn from: they count in the learning rate, and are no fault."""
+        self.num_steps += number
+        return NO_STEP
+
     def state_dict(self) -> dict[str, Any]:
         """Moments and master weights (whole, on the CPU) and counts: tensors and numbers. A collective if sharded."""
         moments = []

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gem.data.answers import normalize_answer
 from gem.data.batches import TokenizedPair
@@ -39,7 +40,7 @@ def choose_winners(scored: ScoredRollout, share: float = 1.0) -> list[Winner]:
         if best := _winner(scored, rows):
             found.append(best)
     found.sort(key=lambda winner: -winner[1])
-    kept = sorted(found[: math.ceil(share * len(found))])
+    kept = sorted(found[: math.ceil(Fraction(repr(share)) * len(found))])
     return [Winner(row, agreement, _as_pair(scored, row)) for row, agreement in kept]
 
 

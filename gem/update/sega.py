@@ -18,7 +18,7 @@ from gem.data.batches import select_groups, to_device
 from gem.model.forward import completion_policy_loss, completion_sega_loss
 from gem.parallel import processes
 from gem.scoring.score import ScoredRollout
-from gem.update.optimizer import NO_STEP, StepResult, Trainer
+from gem.update.optimizer import StepResult, Trainer
 
 
 def sega_step(
@@ -38,7 +38,7 @@ def sega_step(
         raise ValueError("ref_logprobs: expected the starting policy's log-probs where beta > 0, got None")
     groups = groups_with_gradient(scored)
     if not groups:
-        return NO_STEP
+        return trainer.skip(1 if settings.is_plain else settings.num_iterations)
     if settings.beta > 0:
         groups = groups_with_valid(scored)
     lengths = scored.rollout.batch.lengths.view(-1, scored.rollout.batch.num_generations)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gem.calibration import fit
+from gem.calibration import fit, verdict
 from gem.calibration.features import FEATURES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
@@ -27,5 +27,6 @@ def test_its_numbers_are_those_of_the_code():
     assert all(f"`{name}`" in TEXT for name in FEATURES)
     strengths = ", ".join(f"{s:g}" for s in sorted(fit.STRENGTHS))
     assert f"one of {strengths}:" in TEXT and f"exceed {fit.MAX_HELD_OUT:,}" in TEXT
-    assert f"fewer than {fit.MIN_PROMPTS} prompts" in TEXT
-    assert f"weak below {fit.MODERATE}, moderate below {fit.STRONG}" in TEXT
+    assert f"fewer than {verdict.MIN_PROMPTS} prompts" in TEXT
+    assert f"weak below {verdict.MODERATE}, moderate below {verdict.STRONG}" in TEXT
+    assert f"where there are {verdict.MIN_HELD_OUT} of them" in TEXT

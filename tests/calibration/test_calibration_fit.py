@@ -10,8 +10,9 @@ from scipy.special import expit
 
 from gem.calibration import fit
 from gem.calibration.features import DEFAULT_FEATURES, FEATURES, linear_score, plain_scores
-from gem.calibration.fit import MIN_HELD_OUT, calibrate, pair_accuracy, verdict_after_sft
+from gem.calibration.fit import calibrate
 from gem.calibration.score_file import Verdict
+from gem.calibration.verdict import MIN_HELD_OUT, TRAINED_ON, PairFeatures, pair_accuracy, verdict_on_others
 from gem.errors import UserError
 from gem.statistics import Estimate, wilson_interval
 
@@ -309,6 +310,7 @@ def test_refusals():
             calibrate(better, worse, range(6), features=names)
 
 
+LOGPROB = FEATURES.index("mean_logprob")
 SEEN = Verdict(kind="informative", words="Informative, strong. It prefers the better answer in 0.92 of 48 pairs.")
 
 
@@ -323,7 +325,7 @@ SEEN = Verdict(kind="informative", words="Informative, strong. It prefers the be
     ],
 )
 def test_pairs_that_sft_has_not_seen_decide(held_out, kind, words):
-    found = verdict_after_sft(SEEN, held_out)
+    found = verdict_on_others(SEEN, held_out, TRAINED_ON)
     assert found.kind == kind and found.words.startswith(words)
     assert f"of {held_out.count} held-out pairs" in found.words
     assert (
@@ -334,11 +336,84 @@ def test_pairs_that_sft_has_not_seen_decide(held_out, kind, words):
 
 @pytest.mark.parametrize("held_out", [None, Estimate(0.4, 0.2, 0.6, MIN_HELD_OUT - 1)])
 def test_too_few_pairs_that_sft_has_not_seen_decide_nothing_and_are_asked_for(held_out):
-    found = verdict_after_sft(SEEN, held_out)
+    found = verdict_on_others(SEEN, held_out, TRAINED_ON)
     assert found.kind == "informative" and found.words.startswith(SEEN.words)
+    assert "These are pairs whose chosen answers SFT has trained on" in found.words
     assert f"this may be too high; an eval_file of at least {MIN_HELD_OUT} other pairs would tell" in found.words
 
 
 def test_held_out_pairs_make_no_verdict_better():
     worse = Verdict(kind="explained_by_length", words="Explained by length.")
-    assert verdict_after_sft(worse, Estimate(0.94, 0.80, 0.98, 32)) == worse
+    assert verdict_on_others(worse, Estimate(0.94, 0.80, 0.98, 32), TRAINED_ON) == worse
+
+
+def own_and_others(own_gap, other_gap, num_own=12, num_others=20, seed=3):
+    """Pairs whose mean log-prob tells better from worse by so much: the model's own ones, and others."""
+    draw = np.random.default_rng(seed)
+
+    def pairs(number, gap, name):
+        better, worse = draw.normal(size=(2, number, 9))
+        better[:, LOGPROB] += gap
+        better[:, FEATURES.index("length")] = worse[:, FEATURES.index("length")] = 5.0
+        return PairFeatures(better, worse, [(name, i) for i in range(number)])
+
+    return pairs(num_own, own_gap, "own"), pairs(num_others, other_gap, "other")
+
+
+def fitted_to_own(own, others):
+    names = ["mean_logprob", "fork_entropy"]
+    return calibrate(own.chosen, own.rejected, own.prompts, given=others, features=names, scales=np.ones(9))
+
+
+def test_after_sft_given_pairs_say_nothing_of_a_score_fitted_to_own_answers():
+    """Given pairs that are told apart made noise "informative"; held-out pairs and own answers decide."""
+    drawn = (own_and_others(0.0, 9.0, num_own=16, num_others=48, seed=seed) for seed in range(40))
+    fits = ((fitted_to_own(own, others), others) for own, others in drawn)
+    fitted, clear = next(
+        (fit, others)
+        for fit, others in fits
+        if fit.verdict.kind == "informative" and pair_accuracy(fit.held_out, fit.prompts).low <= 0.5
+    )
+    assert "(16 of them a right and a wrong" in fitted.verdict.words
+    alone = fitted.verdict_after_sft(None)
+    assert alone.kind == "not_informative" and "16 pairs that neither it nor SFT was fitted to" in alone.words
+    _, level = own_and_others(0.0, 0.0, num_others=32, seed=5)
+    assert fitted.verdict_after_sft(level).kind == "not_informative"
+    good, other = own_and_others(4.0, 4.0)
+    found = fitted_to_own(good, clear).verdict_after_sft(other)
+    assert (
+        found.kind == "informative" and "32 pairs that neither" in found.words and "Of its own alone: " in found.words
+    )
+
+
+def test_a_score_that_is_wrong_of_own_answers_is_not_informative_whatever_others_say():
+    noise, clear = next(
+        (own, others)
+        for own, others in (own_and_others(0.0, 9.0, num_others=200, seed=seed) for seed in range(20))
+        if pair_accuracy(fitted_to_own(own, others).held_out, own.prompts).value <= 0.5
+        and pair_accuracy(others.chosen[:, LOGPROB] - others.rejected[:, LOGPROB], others.prompts).low > 0.9
+        and fitted_to_own(own, others).weights[0] > 0
+    )
+    found = fitted_to_own(noise, clear)
+    assert found.pair_accuracy["calibrated"].low > 0.5
+    assert found.verdict.kind == "not_informative"
+    assert found.verdict.words.startswith("Not informative: of the model's own answers it prefers no better ones. ")
+
+
+def test_a_pair_of_others_that_is_not_finite_is_named():
+    own, others = own_and_others(1.0, 1.0)
+    others.rejected[4, LOGPROB] = -np.inf
+    with pytest.raises(UserError, match="mean_logprob of the rejected answer of pair 4"):
+        fitted_to_own(own, others)
+
+
+def test_of_eight_prompts_the_score_that_is_tested_has_its_strength_chosen_too():
+    """Noise asks for the strongest ridge; of seven prompts DEFAULT_STRENGTH was taken, and other scores were tested."""
+    strengths = []
+    for seed in range(6):
+        noise, _ = own_and_others(0.0, 0.0, num_own=8, seed=seed)
+        fitted = calibrate(noise.chosen, noise.rejected, noise.prompts, features=["mean_logprob", "fork_entropy"])
+        strengths.append(fitted.l2)
+        if fitted.l2 == 1000.0:
+            assert np.median(np.abs(fitted.held_out_weights * fitted.scales)) < 0.05
+    assert 1000.0 in strengths

@@ -11,7 +11,7 @@ import torch
 
 from gem import cli
 from gem.calibration.features import DEFAULT_FEATURES, FEATURES
-from gem.calibration.fit import PairFeatures, calibrate, candidate_scales, fixed_score_verdict
+from gem.calibration.fit import calibrate, candidate_scales
 from gem.calibration.measure import (
     calibrate_policy,
     candidate_features,
@@ -25,6 +25,7 @@ from gem.calibration.measure import (
     right_and_wrong,
 )
 from gem.calibration.score_file import read_score
+from gem.calibration.verdict import PairFeatures, fixed_score_verdict
 from gem.config.settings import SCORE_FEATURES, Sampling, Scoring
 from gem.data.batches import TokenizedPair
 from gem.demo.arithmetic import arithmetic_pairs

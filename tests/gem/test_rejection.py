@@ -47,6 +47,12 @@ def test_the_share_of_prompts_that_agree_most():
     assert agreement_of(everyone) == pytest.approx(0.75) and math.isnan(agreement_of([]))
 
 
+def test_a_share_is_taken_as_it_is_written():
+    """0.28 of 25 is 7; in floating point 0.28 * 25 lies above it."""
+    candidates = scored(["Final Answer: 1"] * 25, [0.0] * 25, 25)
+    assert len(choose_winners(candidates, 0.28)) == 7 and len(choose_winners(candidates, 0.281)) == 8
+
+
 def test_what_was_cut_off_has_no_answer():
     assert choose_winners(scored(["Final Answer: 1", "Final Answer: 1"], [-1.0, -2.0], 1, ended=False)) == []
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from gem.calibration import measure
 from gem.calibration.features import FEATURES
 from gem.calibration.fit import calibrate
+from gem.calibration.measure import calibrate_policy
 from gem.calibration.score_file import read_score, write_score
+from gem.calibration.verdict import PairFeatures
 from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
@@ -21,7 +23,6 @@ from gem.files import write_jsonl
 from gem.loop import train
 from gem.run import calibration
 from gem.run.guards import Baseline, breaches, next_baseline
-from gem.statistics import Estimate
 from tests.helpers import save_tiny
 
 RUN = {
@@ -138,26 +139,51 @@ def test_the_gate_ends_the_run_after_sft_with_its_model(folder, kind, monkeypatc
     assert weights(result) == weights(only)
 
 
-@pytest.mark.parametrize(("more", "judged"), [({}, True), ({"sft_epochs": 0}, False), ({"own": True}, False)])
+def pairs_that_say_all(*arguments, real=calibrate_policy, **options):
+    """Of the given pairs every score is informative."""
+    fitted = real(*arguments, **options)
+    verdict = fitted.verdict.model_copy(update={"kind": "informative", "words": "Informative, strong. 0.92."})
+    return dataclasses.replace(fitted, verdict=verdict, own=None)
+
+
+@pytest.mark.parametrize(("more", "judged"), [({}, True), ({"sft_epochs": 0}, False)])
 def test_a_score_fitted_to_pairs_that_sft_has_seen_is_judged_by_others(folder, monkeypatch, more, judged):
-    """Unless there was no SFT, or it is fitted to the model's own right and wrong answers."""
-    own, held_out = "own" in more, Estimate(0.56, 0.39, 0.72, 32)
-    settings = {key: value for key, value in more.items() if key != "own"}
-
-    def fake(*arguments, real=measure.calibrate_policy, **options):
-        fitted = real(*arguments, **options)
-        verdict = fitted.verdict.model_copy(update={"kind": "informative", "words": "Informative, strong. 0.92."})
-        return dataclasses.replace(fitted, verdict=verdict, fitted_to="candidates" if own else "pairs")
-
-    monkeypatch.setattr(calibration, "calibrate_policy", fake)
-    monkeypatch.setattr(calibration, "remember_held_out", lambda stage, state: held_out)
-    result, printed = run(folder, f"seen-{own}-{judged}", gate="stop", max_steps=1, **settings)
-    kind = "not_informative" if judged else "informative"
+    """Unless there was no SFT."""
+    monkeypatch.setattr(calibration, "calibrate_policy", pairs_that_say_all)
+    monkeypatch.setattr(calibration, "held_out_features", held_out_pairs)
+    result, printed = run(folder, f"seen-{judged}", gate="stop", max_steps=1, **more)
     (row,) = [row for row in rows(result) if row["stage"] == "calibration"]
     score = read_score(result.run_dir / "score.json")
-    assert row["verdict"] == score.verdict.kind == kind and row["words"] == score.verdict.words
-    assert ("SEGA" in result.evaluations) != judged
-    assert printed.count("0.56 [0.39, 0.72]") == 1
+    assert row["verdict"] == score.verdict.kind == ("not_informative" if judged else "informative")
+    assert row["words"] == score.verdict.words and ("SEGA" in result.evaluations) != judged
+    assert ("of 32 held-out pairs" in row["words"]) == judged and printed.count(" of 32") == 1
+
+
+def held_out_pairs(session):
+    """32 of which no score knows anything: each stands there both ways round."""
+    one, other = np.random.default_rng(0).normal(size=(2, 16, 9))
+    return PairFeatures(np.concatenate([one, other]), np.concatenate([other, one]), list(range(32)))
+
+
+def test_a_score_fitted_to_own_answers_is_judged_by_these_and_by_others(folder, monkeypatch):
+    """Not by the given pairs, where SFT has trained on their chosen answers."""
+
+    def fake(given, candidates, own, **options):
+        clear, rest = np.zeros((12, 9)), np.zeros((12, 9))
+        clear[:, 3] = 1.0
+        own = PairFeatures(*np.random.default_rng(1).normal(size=(2, 12, 9)), list(range(12)))
+        given = PairFeatures(clear + own.chosen, rest + own.chosen, [f"given {i}" for i in range(12)])
+        options = {key: value for key, value in options.items() if key != "fit_to"}
+        return calibrate(own.chosen, own.rejected, own.prompts, given=given, **options)
+
+    monkeypatch.setattr(calibration, "calibrate_policy", fake)
+    monkeypatch.setattr(calibration, "held_out_features", held_out_pairs)
+    for epochs, number in ((1, 44), (0, 24)):
+        result, _ = run(folder, f"own-{epochs}", gate="stop", max_steps=1, sft_epochs=epochs)
+        (row,) = [row for row in rows(result) if row["stage"] == "calibration"]
+        words = read_score(result.run_dir / "score.json").verdict.words
+        assert row["words"] == words and f"{number} pairs" in words and "(12 of them a right" in words
+        assert ("neither it nor SFT" in words) == (epochs == 1)
 
 
 def test_the_gate_warns_or_is_silent_and_lets_an_informative_score_pass(folder, monkeypatch):

@@ -142,6 +142,13 @@ def test_a_run_samples_picks_and_learns(folder):
     assert not (result.run_dir / "before-objective").exists()
 
 
+def test_no_guard_judges_the_candidates_that_sft_made(folder):
+    """They were sampled before the first step, which `stop` ended the run after."""
+    result, printed = run(folder, "guarded", guards="stop", guard_h_final=1e3)
+    steps = [row for row in rows_of(result) if row["stage"] == "rejection sampling"]
+    assert steps[0]["gem/h_final"] < 1e3 and len(steps) > 1 and "Guard" not in printed
+
+
 def tensors(directory):
     return load_file(directory / "model.safetensors")
 

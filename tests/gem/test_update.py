@@ -118,7 +118,11 @@ def test_equal_scores_take_no_step():
     rollout = given_completions(FORM, prompts, [row, row])
     scored = score_rollout(Policy(model), rollout, Scoring(), batch_size=1)
     before = [p.clone() for p in model.parameters()]
-    assert sega_step(trainer_of(model, learning_rate=1.0, total_steps=1), scored, SegaUpdate()) is NO_STEP
+    trainer = trainer_of(model, learning_rate=1.0, total_steps=4, lr_schedule="linear")
+    assert sega_step(trainer, scored, SegaUpdate()) is NO_STEP
+    assert trainer.learning_rate == 0.75 and trainer.bad_steps == 0  # the step counts, and is no fault
+    sega_step(trainer, scored, SegaUpdate(num_iterations=2))
+    assert trainer.learning_rate == 0.25
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
