@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gem.checkpoint import states
+from gem.checkpoint.folder import continue_command
 from gem.config.settings import TrainConfig
 from gem.errors import Interrupted, UserError
 from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
@@ -88,7 +89,7 @@ def places_named(run_dir: Path) -> Iterator[None]:
             raise
         words = "there is no checkpoint"
         if kept:
-            words = f"the last good checkpoint is {kept[-1].name}: continue with --resume"
+            words = f"the last good checkpoint is {kept[-1].name}; continue: {continue_command(run_dir)}"
         raise Interrupted(ended.number, f" at once; {words}") from None
 
 
