@@ -65,11 +65,13 @@ def train(
         output_dir: the run's directory, new or empty (or, with resume, the run's).
         held_out: the pairs to evaluate on; None: `eval_fraction` of the prompts of `pairs`.
         resume: continue the run in output_dir.
-        verbose: print progress and tables to standard output.
+        verbose: print progress and tables to standard output. Warnings come as Python's where it is off: that the
+            gate stopped the objective, say, or that keep_best went back.
         settings: any setting of `gem config`: preset="safe", max_steps=20, ...
 
     Returns:
-        TrainResult: run_dir, model_dir, evaluations by stage, seconds by phase, and the run's page.
+        TrainResult: run_dir, model_dir, evaluations by stage, `saved` (the stage whose weights model_dir holds),
+            seconds by phase, and the run's page.
 
     Raises:
         UserError: a setting, a row or a path that cannot be used; nothing is left behind.
@@ -78,7 +80,7 @@ def train(
     Example:
         pairs = [{"prompt": "2 + 2?", "chosen": "Final Answer: 4", "rejected": "Final Answer: 5", "answer": "4"}, ...]
         result = gem.train("HuggingFaceTB/SmolLM2-135M-Instruct", pairs, output_dir="runs/first", preset="safe")
-        print(result.evaluations["SEGA"].preference.accuracy, result.model_dir)
+        print(result.evaluations[result.saved].preference.accuracy, result.model_dir)
     """
     for key, instead in (("train_file", "pairs"), ("eval_file", "held_out")):
         if key in settings:
@@ -103,12 +105,16 @@ def train(
             made += [path for path, text in texts.items() if _write_beside(path, text)]
             if opened is not None and _save_beside(beside["start"], opened, resume):
                 made.append(beside["start"])
-            return loop.train(config, make_console(quiet=not verbose), resume=resume)
+            console = make_console(python_warnings=not verbose)
+            result = loop.train(config, console, resume=resume)
         except BaseException:
             if not root.exists():  # no run has begun that would need them
                 for path in made:
                     remove_directory(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise
+    if verbose and processes.is_main():
+        loop.report(result, console)
+    return result
 
 
 def score(
@@ -258,7 +264,7 @@ def _as_it_was(*models: ModelLike | None) -> Iterator[None]:
 
 
 def _console(verbose: bool) -> Console:
-    return make_console(stderr=True, quiet=not verbose)
+    return make_console(stderr=True, python_warnings=not verbose)
 
 
 def _given(rows: RowsLike, name: str) -> Source:

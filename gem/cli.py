@@ -24,7 +24,7 @@ from gem.errors import Interrupted, UserError
 from gem.files import write_lines
 from gem.interrupt import end_with_a_line
 from gem.model.source import find_model
-from gem.terminal.console import make_console, set_level
+from gem.terminal.console import make_console, print_result, set_level
 from gem.terminal.ending import complain, one_line_endings, writes_unicode
 
 # A command that has a setting as a flag has its default too.
@@ -190,8 +190,8 @@ def calibrate_command(
     score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
     page = write_report(out, out.with_suffix(".html"))
-    for name, path in (("Score", out), ("Page", page)):
-        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    print_result(console, f"Score: {out}")
+    print_result(console, f"Page: {page}")
     make_console(result=True).print(score_report(score), highlight=False)
 
 
@@ -391,7 +391,7 @@ def merge_command(
     from gem.use.weights import merge_adapter
 
     console = make_console(stderr=True)
-    console.print(f"Model: {merge_adapter(adapter, out, dtype, console)}", highlight=False, soft_wrap=True)
+    print_result(console, f"Model: {merge_adapter(adapter, out, dtype, console)}")
 
 
 @app.command("push")
@@ -405,7 +405,7 @@ def push_command(
     from gem.use.weights import push_model
 
     console = make_console(stderr=True)
-    console.print(f"Model: {push_model(model, repo, private, console)}", highlight=False, soft_wrap=True)
+    print_result(console, f"Model: {push_model(model, repo, private, console)}")
 
 
 @app.command("report")
@@ -416,7 +416,7 @@ def report_command(
     """Show a run, scored completions or a calibrated score as one HTML page that needs nothing else."""
     from gem.report.page import write_report
 
-    make_console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
+    print_result(make_console(stderr=True), f"Page: {write_report(source, out)}")
 
 
 @app.command("config")
