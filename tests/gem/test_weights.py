@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import httpx
 import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -93,6 +94,11 @@ def test_a_model_is_pushed(folder, monkeypatch):
         (["me/../x"], None, "REPO: expected OWNER/NAME"),
         (["me/model"], LocalTokenNotFoundError("no"), "no key of the hub here: run hf auth login, or set HF_TOKEN"),
         (["me/model"], OSError("network\nis down"), "push: no answer from the hub: network is down"),
+        (
+            ["me/model"],
+            httpx.ConnectError("[Errno -2] no name"),
+            "push: no answer from the hub: [Errno -2] no name; look",
+        ),
     ],
 )
 def test_a_push_that_fails_is_one_line(folder, monkeypatch, arguments, error, words):
