@@ -92,7 +92,7 @@ class mock_line:
 
 
 FLAGS = {
-    "no flag": (["x"], "flags: expected --key value, got 'x'"),
+    "no flag": (["x"], "flags: expected one config and then --key value, got 'x'"),
     "no value": (["--seed"], "--seed: expected a value, got none"),
     "an alias": (["--seed", "*a"], "config: seed: expected int, got '*a'"),
     "nested": (["--seed", "[" * 500], "config: seed: expected int, got '[[["),

