@@ -340,7 +340,7 @@ class LogSettings(Section):
     )  # fmt: skip
     save_steps: int = setting(0, "a checkpoint every so many steps, and at the end of each stage; 0: none", ge=0)
     save_total_limit: int = setting(2, "older ones are removed", ge=1)
-    report_to: tuple[str, ...] = setting((), "tensorboard, trackio, wandb, beside metrics.jsonl")
+    report_to: tuple[str, ...] = setting((), "tensorboard, trackio, wandb, beside metrics.jsonl; or none")
     log_completions_steps: int = setting(0, "a table of sampled answers every so many steps; 0: none", ge=0)
 
 
