@@ -32,6 +32,8 @@ folder = Path(sys.argv[1])
 (folder / "typo.yaml").write_text("sede: 1\n")
 (folder / "good.yaml").write_text("model: ./none\ntrain_file: none.jsonl\noutput_dir: out\n")
 (folder / "pairs.jsonl").write_text("{}\n")
+(folder / "full").mkdir()
+(folder / "full" / "x").write_text("")
 calls = [
     ["--help"],
     ["train", "typo.yaml"],
@@ -39,6 +41,11 @@ calls = [
     ["train", "good.yaml"],
     ["train", "good.yaml", "--train_file", "pairs.jsonl"],
     ["train", "good.yaml", "--max_steps", "-1"],
+    ["train", "--model", "org/m", "--train_file", "org/t", "--output_dir", "full"],
+    ["train", "--model", "org/m", "--train_file", "org/t", "--output_dir", "out", "--score", "none.json"],
+    ["demo", "--output-dir", "full"],
+    ["score", "org/model", "pairs.jsonl", "--score", "none.json"],
+    ["generate", "org/model", "2 + 2?", "--score", "none.json"],
     ["score", "./none", "pairs.jsonl"],
     ["score", "org/model", "none.jsonl"],
     ["score", "org/model", "pairs.jsonl", "--top-m", "2"],
@@ -66,6 +73,11 @@ LINES = [
     (2, "none.jsonl: cannot read it: no such file or directory"),
     (2, "model: ./none: no such file or directory"),
     (2, "max_steps: expected at least 0, got -1"),
+    (2, "output_dir: full is not empty; give the name of a new directory"),
+    (2, "score: expected paper or calibrated or a score.json of gem calibrate; none.json: no such file"),
+    (2, "output_dir: full is not empty; give the name of a new directory"),
+    (2, "score: expected a score.json of gem calibrate; none.json: no such file"),
+    (2, "score: expected a score.json of gem calibrate; none.json: no such file"),
     (2, "model: ./none: no such file or directory"),
     (2, "none.jsonl: cannot read it: no such file or directory"),
     (2, "--top-m: expected a share in (0, 1], got 2.0"),
