@@ -173,6 +173,12 @@ def generate(
         print(row["completion"])
     """
     checked = GenerateSettings(**settings)
+    is_chat = isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)
+    if not isinstance(prompt, str) and not is_chat:
+        raise UserError(
+            "prompt: expected one question as text, or the messages of one chat, [{'role': 'user', 'content': ...}], "
+            f"got {_type(prompt)}; several prompts are rows of gem.score: [{{'prompt': ...}}, ...]"
+        )
     messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     parsed = answers_from_row(Row("prompt", {"prompt": messages}), (), RowSettings())
     if isinstance(parsed, str):
