@@ -216,6 +216,10 @@ def evaluate(
         print(result.preference.accuracy, result.preference.low, result.preference.high)
     """
     checked = EvaluateSettings(**settings)
+    if checked.preference_reduction == "relative" and reference is None:
+        raise UserError(
+            'reference: expected the model to compare with, as preference_reduction is "relative", got none'
+        )
     with _as_it_was(model, reference):
         return evaluating.evaluate_data(model, _given(pairs, "pairs"), checked, reference, _console(verbose))
 
@@ -250,6 +254,15 @@ def calibrate(
         rows = gem.score("runs/sft/model", problems, num_generations=8, best=True, score=score)
     """
     checked = CalibrateSettings(**settings)
+    if held_out is not None and not checked.num_generations:
+        raise UserError(
+            "held_out: expected num_generations of at least 1 with it, got 0: the score is tested on samples"
+        )
+    if checked.calibrate_on == "candidates" and checked.num_generations < 2:
+        raise UserError(
+            f"calibrate_on: candidates: expected num_generations of at least 2 with it, got {checked.num_generations}: "
+            "a right and a wrong answer are told apart"
+        )
     others = None if held_out is None else _given(held_out, "held_out")
     with _as_it_was(model):
         return calibrate_data(model, _given(pairs, "pairs"), checked, others, _console(verbose))

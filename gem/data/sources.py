@@ -66,8 +66,8 @@ class RowReport:
             return
         if len(refused) == 1:
             raise UserError(f"{refused[0].where}: {refused[0].what}")
-        skips = ", ".join(f"{kind}_rows: skip" for kind in dict.fromkeys(p.kind for p in refused))
-        lines = [f"{self.source}: {len(refused)} of {self.num_rows} rows cannot be used; correct them, or set {skips}"]
+        skips = self.settings.how_to_skip(dict.fromkeys(p.kind for p in refused))
+        lines = [f"{self.source}: {len(refused)} of {self.num_rows} rows cannot be used; correct them, or {skips}"]
         lines += [f"  {p.where}: {p.what}" for p in refused[:_MAX_LISTED]]
         if len(refused) > _MAX_LISTED:
             lines.append(f"  ... and {len(refused) - _MAX_LISTED} more")

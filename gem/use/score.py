@@ -176,7 +176,7 @@ def _score_row(row: Row, names: Sequence[str], settings: RowSettings) -> ScoreRo
     present = [name for name in names if name in row.values]
     if names and not present:
         wanted = f'"{names[0]}", or "{names[1]}" and "{names[2]}"'
-        return f"no answer to score: add {wanted}, or sample answers with --sample"
+        return f"no answer to score: add {wanted}, or sample answers with --sample 8 (Python: num_generations=8)"
     parsed = answers_from_row(row, present, settings)
     if isinstance(parsed, str):
         return parsed

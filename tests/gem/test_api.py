@@ -215,7 +215,17 @@ def test_what_is_beside_a_run_is_not_overwritten(folder, tmp_path):
         (lambda model: gem.generate(model, None), "prompt: expected one question as text, or the messages of one chat"),
         (lambda model: gem.generate(model, 3), "[{'role': 'user', 'content': ...}], got int"),
         (lambda model: gem.generate(model, "?", temperature=-1), "temperature: expected at least 0"),
+        (lambda model: gem.score(model, PAIRS, best=True), "--sample 8 (Python: num_generations=8)"),
         (lambda model: gem.evaluate(model, []), "no pairs in it"),
+        (lambda model: gem.evaluate(model, PAIRS, preference_reduction="relative"), "reference: expected the model"),
+        (
+            lambda model: gem.calibrate(model, PAIRS, held_out=PAIRS, num_generations=0),
+            "held_out: expected num_generations of at least 1 with it, got 0",
+        ),
+        (
+            lambda model: gem.calibrate(model, PAIRS, calibrate_on="candidates", num_generations=1),
+            "calibrate_on: candidates: expected num_generations of at least 2 with it, got 1",
+        ),
         (lambda model: gem.evaluate("no/such/model", PAIRS), "no such file or directory"),
     ],
 )

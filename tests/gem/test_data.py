@@ -9,6 +9,7 @@ import torch
 
 from gem.config.read import build_config
 from gem.config.settings import DIRECT_SYSTEM_PROMPT, RowSettings, TextSettings
+from gem.config.use import CalibrateSettings, EvaluateSettings, ScoreSettings
 from gem.data import sources
 from gem.data.answers import answer_finders
 from gem.data.batches import collate
@@ -100,6 +101,15 @@ def test_all_bad_rows_are_in_one_report(tmp_path):
     assert f"the first: {path}:1: not valid JSON" in str(report)
     pairs, report = load(path, 512, bad_rows="skip", duplicate_rows="keep")
     assert len(pairs) == 4 and report.counts() == {"bad": 2}
+
+
+def test_a_report_names_what_the_command_takes(tmp_path):
+    """gem train has settings, the other commands a flag, Python an argument."""
+    path = write(tmp_path / "pairs.jsonl", b"{", b"[")
+    for settings in (ScoreSettings(), EvaluateSettings(), CalibrateSettings()):
+        words = r"correct them, or leave them out with --skip-bad \(Python: bad_rows=\"skip\"\)\n"
+        with pytest.raises(UserError, match=words):
+            load_pairs(path, FORM, 512, settings)
 
 
 def test_a_long_report_is_cut_and_says_so(tmp_path):
