@@ -216,8 +216,14 @@ def test_csv_json_parquet_and_saved_datasets_give_the_same_pairs(tmp_path):
     for name in ("p.json", "lines.json", "p.parquet", "p.csv", "saved", "splits"):
         assert load(tmp_path / name)[0] == want, name
     assert load(tmp_path / "splits", split="test")[0] == want[1:2]
-    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
-        load(tmp_path / "splits", split="dev")
+    for split in ("dev", "dev[:2]", "train[x]"):
+        with pytest.raises(UserError, match=r"no split '.*'; it has train, test; a slice is train\[:100\]$"):
+            load(tmp_path / "splits", split=split)
+    for name in ("splits", "saved"):
+        assert load(tmp_path / name, split="train[1:]")[0] == want[1:]
+        assert load(tmp_path / name, split="train[:34%]")[0] == want[:1]
+        assert read_rows(tmp_path / name, "train[1:2]")[0].where == f"{tmp_path}/{name}[train[1:2]] row 0"
+    assert load(tmp_path / "splits", split="test+train[2:]")[0] == want[1:]
     with pytest.raises(UserError, match="no saved dataset"):
         load(tmp_path)
     places = [row.where for name in ("splits", "p.csv") for row in read_rows(tmp_path / name)]
