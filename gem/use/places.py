@@ -30,4 +30,4 @@ def check_score(score: str | Path, *others: str) -> None:
     """Raises where it is no file. others: what else it may be."""
     if score not in others and not path_of(score, "score").is_file():
         expected = " or ".join((*others, "a score.json of gem calibrate"))
-        raise UserError(f"score: expected {expected}; {score}: no such file")
+        raise UserError(f"score: expected {expected}; {score}: cannot read it: no such file")
