@@ -118,17 +118,25 @@ def check_there(name: str) -> None:
 
     Loading asks twelve times before it says so. Any other answer is left to it.
     """
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         if not Path(name).exists() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
-    except (HFValidationError, RepositoryNotFoundError, httpx.TransportError) as error:
+    except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(not_loaded(name, error)) from error
-    except Exception:
+    except OSError:  # refused, offline by setting, a failure of the hub's own
         return
+    except http_error() as error:
+        raise UserError(not_loaded(name, error)) from error
+
+
+def http_error() -> type[Exception]:
+    """What no connection is to huggingface_hub, no OSError: of httpx, of httpx2, whatever its version is made with."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def not_loaded(name: str, error: Exception) -> str:

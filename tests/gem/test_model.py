@@ -1,9 +1,8 @@
 """Models: where they are found, how GGUF comes in and safetensors goes out, and which tokens end an answer."""
 
-import httpx
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import modeling_flash_attention_utils as flash_attention
 
@@ -92,7 +91,7 @@ def test_a_broken_gguf_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("error", [httpx.ConnectError("no name"), HFValidationError("not\nan id")])
+@pytest.mark.parametrize("error", [HfHubHTTPError.__bases__[0]("no name"), HFValidationError("not\nan id")])
 def test_a_name_that_is_nowhere_is_told_at_once(tmp_path, monkeypatch, error):
     """One request to the hub, no twelve; what stands here or was loaded before takes none."""
     asked = []
@@ -112,6 +111,13 @@ def test_a_name_that_is_nowhere_is_told_at_once(tmp_path, monkeypatch, error):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"cache/{name}/{file}")
     check_there("modle")
     assert asked == ["modle"]
+
+
+def test_no_network_is_told_at_once(monkeypatch):
+    """The client itself, whatever it is made with, where there is no hub."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no file or directory modle here"):
+        check_there("modle")
 
 
 def test_another_answer_of_the_hub_is_left_to_loading(monkeypatch):

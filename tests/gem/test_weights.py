@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import httpx
 import pytest
 import torch
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 
 from gem.config.settings import Lora, TextSettings
@@ -96,7 +95,7 @@ def test_a_model_is_pushed(folder, monkeypatch):
         (["me/model"], OSError("network\nis down"), "push: no answer from the hub: network is down"),
         (
             ["me/model"],
-            httpx.ConnectError("[Errno -2] no name"),
+            HfHubHTTPError.__bases__[0]("[Errno -2] no name"),
             "push: no answer from the hub: [Errno -2] no name; look",
         ),
     ],
