@@ -24,7 +24,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'gem' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("gem.errors" if name == "UserError" else "gem.api"), name)
+    try:
+        return getattr(import_module("gem.errors" if name == "UserError" else "gem.api"), name)
+    except ModuleNotFoundError as error:
+        from gem.errors import missing_package
+
+        if words := missing_package(error):
+            raise ImportError(f"gem.{name}: {words}") from error
+        raise
 
 
 def __dir__() -> list[str]:

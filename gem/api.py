@@ -65,11 +65,13 @@ def train(
         output_dir: the run's directory, new or empty (or, with resume, the run's).
         held_out: the pairs to evaluate on; None: `eval_fraction` of the prompts of `pairs`.
         resume: continue the run in output_dir.
-        verbose: print progress and tables to standard output.
+        verbose: print progress and tables to standard output. Warnings come as Python's where it is off: that the
+            gate stopped the objective, say, or that keep_best went back.
         settings: any setting of `gem config`: preset="safe", max_steps=20, ...
 
     Returns:
-        TrainResult: run_dir, model_dir, evaluations by stage, seconds by phase, and the run's page.
+        TrainResult: run_dir, model_dir, evaluations by stage, `saved` (the stage whose weights model_dir holds),
+            seconds by phase, and the run's page.
 
     Raises:
         UserError: a setting, a row or a path that cannot be used; nothing is left behind.
@@ -78,7 +80,7 @@ def train(
     Example:
         pairs = [{"prompt": "2 + 2?", "chosen": "Final Answer: 4", "rejected": "Final Answer: 5", "answer": "4"}, ...]
         result = gem.train("HuggingFaceTB/SmolLM2-135M-Instruct", pairs, output_dir="runs/first", preset="safe")
-        print(result.evaluations["SEGA"].preference.accuracy, result.model_dir)
+        print(result.evaluations[result.saved].preference.accuracy, result.model_dir)
     """
     for key, instead in (("train_file", "pairs"), ("eval_file", "held_out")):
         if key in settings:
@@ -103,12 +105,16 @@ def train(
             made += [path for path, text in texts.items() if _write_beside(path, text)]
             if opened is not None and _save_beside(beside["start"], opened, resume):
                 made.append(beside["start"])
-            return loop.train(config, make_console(quiet=not verbose), resume=resume)
+            console = make_console(python_warnings=not verbose)
+            result = loop.train(config, console, resume=resume)
         except BaseException:
             if not root.exists():  # no run has begun that would need them
                 for path in made:
                     remove_directory(path) if path.is_dir() else path.unlink(missing_ok=True)
             raise
+    if verbose and processes.is_main():
+        loop.report(result, console)
+    return result
 
 
 def score(
@@ -167,6 +173,12 @@ def generate(
         print(row["completion"])
     """
     checked = GenerateSettings(**settings)
+    is_chat = isinstance(prompt, list | tuple) and all(isinstance(message, Mapping) for message in prompt)
+    if not isinstance(prompt, str) and not is_chat:
+        raise UserError(
+            "prompt: expected one question as text, or the messages of one chat, [{'role': 'user', 'content': ...}], "
+            f"got {_type(prompt)}; several prompts are rows of gem.score: [{{'prompt': ...}}, ...]"
+        )
     messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     parsed = answers_from_row(Row("prompt", {"prompt": messages}), (), RowSettings())
     if isinstance(parsed, str):
@@ -204,6 +216,10 @@ def evaluate(
         print(result.preference.accuracy, result.preference.low, result.preference.high)
     """
     checked = EvaluateSettings(**settings)
+    if checked.preference_reduction == "relative" and reference is None:
+        raise UserError(
+            'reference: expected the model to compare with, as preference_reduction is "relative", got none'
+        )
     with _as_it_was(model, reference):
         return evaluating.evaluate_data(model, _given(pairs, "pairs"), checked, reference, _console(verbose))
 
@@ -238,6 +254,15 @@ def calibrate(
         rows = gem.score("runs/sft/model", problems, num_generations=8, best=True, score=score)
     """
     checked = CalibrateSettings(**settings)
+    if held_out is not None and not checked.num_generations:
+        raise UserError(
+            "held_out: expected num_generations of at least 1 with it, got 0: the score is tested on samples"
+        )
+    if checked.calibrate_on == "candidates" and checked.num_generations < 2:
+        raise UserError(
+            f"calibrate_on: candidates: expected num_generations of at least 2 with it, got {checked.num_generations}: "
+            "a right and a wrong answer are told apart"
+        )
     others = None if held_out is None else _given(held_out, "held_out")
     with _as_it_was(model):
         return calibrate_data(model, _given(pairs, "pairs"), checked, others, _console(verbose))
@@ -258,7 +283,7 @@ def _as_it_was(*models: ModelLike | None) -> Iterator[None]:
 
 
 def _console(verbose: bool) -> Console:
-    return make_console(stderr=True, quiet=not verbose)
+    return make_console(stderr=True, python_warnings=not verbose)
 
 
 def _given(rows: RowsLike, name: str) -> Source:

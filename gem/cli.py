@@ -15,17 +15,17 @@ from typing import Annotated
 
 import typer
 
+from gem.checkpoint.folder import check_run_directory
 from gem.config.read import commented_config, load_command_line
 from gem.config.section import CHOICES
 from gem.config.settings import SCORE_FEATURES, TrainConfig
-from gem.data.sources import check_source
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import Interrupted, UserError
 from gem.files import write_lines
 from gem.interrupt import end_with_a_line
-from gem.model.source import find_model
-from gem.terminal.console import make_console, set_level
+from gem.terminal.console import make_console, print_result, set_level
 from gem.terminal.ending import complain, one_line_endings, writes_unicode
+from gem.use.places import check_out, check_places, check_score
 
 # A command that has a setting as a flag has its default too.
 DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
@@ -105,7 +105,10 @@ def train_command(
     settings = load_command_line([] if config is None else [config, *context.args])
     if resume and dry_run:
         raise UserError("--dry-run: expected a new run, got --resume; leave one of the two out")
-    _check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
+    check_places(settings.model, settings.train_file, settings.eval_file, settings.prompts_file)
+    check_score(settings.score, "paper", "calibrated")
+    if not resume:
+        check_run_directory(settings.output_dir)
     from gem.loop import report, train  # seconds of imports: mistakes above are told before
     from gem.parallel.processes import is_main, shut_down
 
@@ -162,7 +165,7 @@ def calibrate_command(
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
-    _check_out(out)
+    check_out(out)
     if out.suffix == ".html":
         raise UserError(f"--out: expected a name such as score.json, got {out}: the page takes that name with .html")
     names = tuple(name.strip() for name in features.split(",") if name.strip())
@@ -178,7 +181,7 @@ def calibrate_command(
         prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,
         answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, pairs, eval_file)
+    check_places(model, pairs, eval_file)
     from gem.calibration.features import feature_columns
     from gem.calibration.score_file import write_score
     from gem.calibration.table import score_report
@@ -190,8 +193,8 @@ def calibrate_command(
     score = calibrate_data(model, pairs, settings, eval_file, console)
     write_score(score, out)
     page = write_report(out, out.with_suffix(".html"))
-    for name, path in (("Score", out), ("Page", page)):
-        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    print_result(console, f"Score: {out}")
+    print_result(console, f"Page: {page}")
     make_console(result=True).print(score_report(score), highlight=False)
 
 
@@ -233,7 +236,7 @@ def score_command(
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
-    _check_out(out)
+    check_out(out)
     bad = "skip" if skip_bad else "error"
     settings = ScoreSettings(
         num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
@@ -242,7 +245,7 @@ def score_command(
         completion_column=completion_column, chosen_column=chosen_column, rejected_column=rejected_column,
         answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, data)
+    check_places(model, data, score=score)
     from gem.use.score import score_data
 
     _write_rows(score_data(model, data, settings, score, make_console(stderr=True)), out)
@@ -274,14 +277,14 @@ def generate_command(
     """
     from gem.config.use import GenerateSettings
 
-    _check_out(out)
+    check_out(out)
     given = {} if temperature is None else {"temperature": temperature}
     settings = GenerateSettings(
         num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
         answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, seed=seed, device=device,
         **given,
     )  # fmt: skip
-    _check_places(model)
+    check_places(model, score=score)
     from gem.use.generate import generate, print_answers, read_prompt
 
     rows = generate(model, read_prompt(prompt), settings, score, make_console(stderr=True))
@@ -337,9 +340,9 @@ def evaluate_command(
         chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
         overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
-    _check_places(model, *data)
+    check_places(model, *data)
     if reference is not None:
-        _check_places(reference)
+        check_places(reference)
     from gem.evaluation.report import evaluation_metrics, evaluation_table
     from gem.use.evaluate import evaluate_sources
 
@@ -371,7 +374,7 @@ def chat_command(
         max_completion_length=max_completion_length, temperature=temperature, system_prompt=system_prompt, seed=seed,
         device=device,
     )  # fmt: skip
-    _check_places(model)
+    check_places(model)
     from gem.use.chat import chat
 
     chat(model, settings, make_console(stderr=True))
@@ -384,14 +387,14 @@ def merge_command(
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
 ) -> None:
     """Merge a LoRA adapter into its model: a directory that needs no peft."""
-    _check_out(out)
+    check_out(out)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
-    _check_places(adapter)
+    check_places(adapter)
     from gem.use.weights import merge_adapter
 
     console = make_console(stderr=True)
-    console.print(f"Model: {merge_adapter(adapter, out, dtype, console)}", highlight=False, soft_wrap=True)
+    print_result(console, f"Model: {merge_adapter(adapter, out, dtype, console)}")
 
 
 @app.command("push")
@@ -401,11 +404,11 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Seen by its owner alone, where it is new.")] = False,
 ) -> None:
     """Upload a model to the Hugging Face hub, with the key of hf auth login or HF_TOKEN."""
-    _check_places(model)
+    check_places(model)
     from gem.use.weights import push_model
 
     console = make_console(stderr=True)
-    console.print(f"Model: {push_model(model, repo, private, console)}", highlight=False, soft_wrap=True)
+    print_result(console, f"Model: {push_model(model, repo, private, console)}")
 
 
 @app.command("report")
@@ -416,7 +419,7 @@ def report_command(
     """Show a run, scored completions or a calibrated score as one HTML page that needs nothing else."""
     from gem.report.page import write_report
 
-    make_console(stderr=True).print(f"Page: {write_report(source, out)}", highlight=False, markup=False, soft_wrap=True)
+    print_result(make_console(stderr=True), f"Page: {write_report(source, out)}")
 
 
 @app.command("config")
@@ -456,6 +459,8 @@ def demo_command(
     seed: int = 0,
 ) -> None:
     """Align a real model by its own entropy, on this machine, in minutes; ends with a table of what happened."""
+    if output_dir is not None:
+        check_run_directory(output_dir)
     from gem.demo.run import run_demo
 
     run_demo(model, output_dir, seed, make_console())
@@ -499,20 +504,6 @@ def _set_log_level(level: str) -> None:
     except UserError as error:
         complain(str(error))
         sys.exit(2)
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists():
-        raise UserError(f"--out: {out} exists; name a new file or remove it first")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out: the directory {out.parent} does not exist")
-
-
-def _check_places(model: str, *sources: str | None) -> None:
-    """Raises where a name is plainly that of a file or directory which is not there."""
-    for source in filter(None, sources):
-        check_source(source)
-    find_model(model)
 
 
 def _write_rows(rows, out: Path | None) -> None:

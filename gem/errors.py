@@ -1,6 +1,6 @@
 """What ends a command: a mistake that the user can put right (exit code 2), or a signal (128 + its number).
 
-And what an error message is made of: a value shown in few words, and the path of a name."""
+And what an error message is made of: a value shown in few words, the path of a name, what an import lacks."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ def path_of(name: str | Path, what: str) -> Path:
         text = str(name) if len(str(name)) <= 100 else f"{str(name)[:100]}..."
         raise UserError(f"{what}: cannot look at {text!r}: {error.strerror}") from error
     return path
+
+
+# What the loop imports of pyproject.toml's extra `train`, and what comes with it.
+TRAIN_PACKAGES = frozenset({
+    "accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "numpy", "peft", "pydantic", "rich", "safetensors",
+    "sklearn", "tensorboard", "transformers", "typer", "typing_extensions", "yaml",
+})  # fmt: skip
+
+
+def missing_package(error: BaseException) -> str | None:
+    """What to do where a package of the loop is not installed; None where it is something else."""
+    name = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in TRAIN_PACKAGES:
+        return None
+    return f"the training loop needs more packages: pip install 'gem-kernels[train]' ({name} is missing)"

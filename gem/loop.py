@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gem.checkpoint import states
+from gem.checkpoint.folder import continue_command
 from gem.config.settings import TrainConfig
 from gem.errors import Interrupted, UserError
 from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
@@ -29,7 +30,7 @@ from gem.run.session import RunState, Session, prepare
 from gem.run.stages import Stage, planned_stages
 from gem.run.tracking import completion_rows
 from gem.scoring.score import ScoredRollout
-from gem.terminal.console import make_console
+from gem.terminal.console import make_console, print_result, print_warning
 from gem_kernels import LinearScore
 
 # What a disk or its permissions say; other failures of the system are not the run's to explain.
@@ -88,7 +89,7 @@ def places_named(run_dir: Path) -> Iterator[None]:
             raise
         words = "there is no checkpoint"
         if kept:
-            words = f"the last good checkpoint is {kept[-1].name}: continue with --resume"
+            words = f"the last good checkpoint is {kept[-1].name}; continue: {continue_command(run_dir)}"
         raise Interrupted(ended.number, f" at once; {words}") from None
 
 
@@ -239,7 +240,7 @@ class Clock:
 
 def report(result: TrainResult, console: Console) -> None:
     """The table of evaluations, where the time went, and where the run and its page are."""
-    console.print(evaluation_table(result.evaluations))
+    print_result(console, evaluation_table(result.evaluations))
     report_run(result, console)
 
 
@@ -248,10 +249,9 @@ def report_run(result: TrainResult, console: Console) -> None:
     times = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     console.print(f"Time: {times}", highlight=False)
     which = f" of {result.saved}" if result.saved not in ("", list(result.evaluations)[-1]) else ""
-    words = f"Run: {result.run_dir} (model/{which}, metrics.jsonl, config.yaml)"
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    print_result(console, f"Run: {result.run_dir} (model/{which}, metrics.jsonl, config.yaml)")
     if result.page is not None:
-        console.print(f"Page: {result.page}", highlight=False, markup=False, soft_wrap=True)
+        print_result(console, f"Page: {result.page}")
 
 
 def write_page(run_dir: Path, console: Console) -> Path | None:
@@ -261,6 +261,6 @@ def write_page(run_dir: Path, console: Console) -> Path | None:
         write_report(run_dir, page)
     except Exception as error:  # whatever it is, the model is saved
         why = " ".join(str(error).split()) or type(error).__name__
-        console.print(f"Page: not written: {why}", highlight=False, markup=False, soft_wrap=True)
+        print_warning(console, f"Page: not written: {why}")
         return None
     return page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -34,6 +35,19 @@ def check_run_directory(path: str | Path) -> Path:
                 "or continue the run in it with --resume"
             )
     return directory
+
+
+def continue_command(run_dir: Path) -> str:
+    """What goes on with a run, whether it was begun with a file or with flags alone: its folder has its settings."""
+    return f"gem train {shlex.quote(str(run_dir / 'config.yaml'))} --resume"
+
+
+def begin_again(run_dir: Path) -> str:
+    """What to do with a run that has no checkpoint to go on from; a model that it holds is not thrown away."""
+    models = sorted(path for path in run_dir.glob("model*") if path.is_dir())
+    if not models:
+        return "remove it and start the run without --resume"
+    return f"to train its model further start a new run with another output_dir and model: {models[0]}"
 
 
 class RunFolder:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gem.checkpoint.folder import begin_again, continue_command
 from gem.errors import UserError
 from gem.files import remove_directory, write_directory
 from gem.model.load import save_pretrained
@@ -99,7 +100,7 @@ def where_to_continue(run_dir: Path) -> str:
     kept = checkpoints(run_dir)
     if not kept:
         return f"there is no checkpoint yet: make room for one, remove {run_dir} and begin again"
-    return f"the last good checkpoint is {kept[-1].name}: free some space and continue with --resume"
+    return f"the last good checkpoint is {kept[-1].name}: free some space and continue: {continue_command(run_dir)}"
 
 
 def newest_whole(run_dir: Path) -> tuple[Path, list[str]]:
@@ -113,7 +114,7 @@ def newest_whole(run_dir: Path) -> tuple[Path, list[str]]:
         if problem is None:
             return path, broken
         broken.append(problem)
-    raise UserError(f"resume: no checkpoint of {run_dir} is whole: {'; '.join(broken)}; remove it and begin again")
+    raise UserError(f"resume: no checkpoint of {run_dir} is whole: {'; '.join(broken)}; {begin_again(run_dir)}")
 
 
 def what_is_broken(path: Path) -> str | None:

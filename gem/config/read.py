@@ -15,6 +15,12 @@ from gem.config.section import choices_of
 from gem.config.settings import PRESETS, TrainConfig
 from gem.errors import UserError, path_of, short
 
+# What stands for a boolean in a command line: YAML's words, and those of transformers' HfArgumentParser.
+_BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
+
 
 def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides: Any) -> TrainConfig:
     """YAML file, then `flags` (["--key", "value", "--key=value", ...]), then `overrides`, each over the one before."""
@@ -35,7 +41,7 @@ def load_command_line(words: Sequence[str]) -> TrainConfig:
             paths.append(word)
             continue
         flags.append(word)
-        if "=" not in word and rest:
+        if rest and _takes_next(word, rest):
             flags.append(rest.pop(0))
     if len(paths) > 1:
         raise UserError(f"flags: expected one config and then --key value, got {short(paths[1])}")
@@ -53,7 +59,10 @@ def build_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """["--max-steps", "3", "--seed=1"] -> {"max_steps": 3, "seed": 1}; values are read as YAML scalars."""
+    """["--max-steps", "3", "--seed=1"] -> {"max_steps": 3, "seed": 1}; values are read as YAML scalars.
+
+    A boolean setting may stand alone: ["--use_peft"] -> {"use_peft": True}.
+    """
     values: dict[str, Any] = {}
     rest = list(flags)
     while rest:
@@ -62,10 +71,12 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"flags: expected --key value, got {short(flag)}")
         key, has_value, text = flag[2:].partition("=")
         key = key.replace("-", "_")
-        if not has_value:
+        if not has_value and _takes_next(flag, rest):
             if not rest:
                 raise UserError(f"--{key}: expected a value, got none")
             text = rest.pop(0)
+        elif not has_value:
+            text = "true"
         values[key] = _scalar(key, text)
     return values
 
@@ -110,9 +121,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _scalar(key: str, text: str) -> Any:
+def _takes_next(flag: str, rest: Sequence[str]) -> bool:
+    """Whether the next word is the value of the flag: not after `=`, nor of a boolean that such a word cannot be."""
+    if "=" in flag:
+        return False
+    is_bool = _hint(flag[2:].replace("-", "_")) is bool
+    return not is_bool or bool(rest and rest[0].lower() in _BOOLEANS)
+
+
+def _hint(key: str) -> Any:
     field = TrainConfig.model_fields.get(key)
-    hint = field and field.annotation
+    return field and field.annotation
+
+
+def _scalar(key: str, text: str) -> Any:
+    hint = _hint(key)
+    if hint is bool and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
     if hint is str or choices_of(hint) or typing.get_origin(hint) is tuple:
         return text  # a string stays what was typed: no YAML reading of "no" or "1e3"
     try:

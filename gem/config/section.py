@@ -125,6 +125,8 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
         else:
             parts = [value] if value.startswith("regex:") else value.split(",")
             value = [part.strip() for part in parts if part.strip()]
+    if key == "report_to" and value == ["none"]:  # as in transformers
+        value = []
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
         raise UserError(f"config: {key}: expected a list of {', '.join(CHOICES[key])}, got {short(value)}")
     for part in value:

@@ -8,6 +8,7 @@ says otherwise. read.py reads, saves and prints them; section.py checks them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -73,6 +74,10 @@ class RowSettings(Section):
     bad_rows: Literal["error", "skip"] = setting("error", "malformed or empty rows")
     duplicate_rows: Literal["skip", "keep", "error"] = setting("skip", "rows that stood there before")
     overlong_rows: Literal["error", "skip"] = setting("error", "rows that do not fit the model's context")
+
+    def how_to_skip(self, kinds: Iterable[str]) -> str:
+        """What leaves rows of these kinds out, in the words of a message."""
+        return f"set {', '.join(f'{kind}_rows: skip' for kind in kinds)}"
 
 
 class ModelSettings(Section):
@@ -340,7 +345,7 @@ class LogSettings(Section):
     )  # fmt: skip
     save_steps: int = setting(0, "a checkpoint every so many steps, and at the end of each stage; 0: none", ge=0)
     save_total_limit: int = setting(2, "older ones are removed", ge=1)
-    report_to: tuple[str, ...] = setting((), "tensorboard, trackio, wandb, beside metrics.jsonl")
+    report_to: tuple[str, ...] = setting((), "tensorboard, trackio, wandb, beside metrics.jsonl; or none")
     log_completions_steps: int = setting(0, "a table of sampled answers every so many steps; 0: none", ge=0)
 
 

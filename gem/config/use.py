@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import model_validator
@@ -10,6 +11,16 @@ from typing_extensions import Self
 from gem.config.section import setting
 from gem.config.settings import SCORE_FEATURES, EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
 from gem.errors import UserError
+
+
+class UseRows(RowSettings):
+    """Rows that are used, not trained on: repeated ones count as often as they stand there."""
+
+    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
+
+    def how_to_skip(self, kinds: Iterable[str]) -> str:
+        python = ", ".join(f'{kind}_rows="skip"' for kind in kinds)
+        return f"leave them out with --skip-bad (Python: {python})"
 
 
 class UseSettings(Scoring, Sampling, TextSettings):
@@ -25,18 +36,19 @@ class UseSettings(Scoring, Sampling, TextSettings):
     @model_validator(mode="after")
     def _candidates_are_there(self) -> Self:
         if self.best and not self.num_generations:
-            raise UserError("best: there is one of sampled candidates only; set how many, as in --sample 8")
+            raise UserError(
+                "best: there is one of sampled candidates only; set how many: --sample 8 (Python: num_generations=8)"
+            )
         if self.top and not self.tokens:
             raise UserError(f"top: expected tokens with it, beside which alternatives stand; got top {self.top} alone")
         return self
 
 
-class ScoreSettings(UseSettings, RowSettings):
-    """Of `gem score` and `gem.score`. Repeated rows count as often as they stand there."""
+class ScoreSettings(UseSettings, UseRows):
+    """Of `gem score` and `gem.score`."""
 
     num_generations: int = setting(0, "sampled candidates per prompt; 0: the given answers are scored", ge=0)
     completion_column: str = setting("completion", "an answer to score; or there are chosen and rejected")
-    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("train", "of a dataset; a file has none")
 
 
@@ -54,21 +66,20 @@ class GenerateSettings(UseSettings):
         return {"temperature": 1.0, **values} if several and "temperature" not in values else values
 
 
-class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, RowSettings):
-    """Of `gem evaluate` and `gem.evaluate`. Repeated rows count as often as they stand there."""
+class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, UseRows):
+    """Of `gem evaluate` and `gem.evaluate`."""
 
     eval_generate: int = setting(0, "problems answered greedily; 0: none", ge=0)
     eval_sample: int = setting(0, "prompts with candidates sampled and scored; 0: none", ge=0)
     preference_reduction: Literal["sum", "mean", "relative"] = setting(  # type: ignore[assignment]
         "sum", "implicit reward: the answer's log-prob, per token, or less that of a reference"
     )
-    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("test", "of a dataset; a file has none")
     device: str = setting("auto", "auto, cpu, cuda, ...")
 
 
-class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
-    """Of `gem calibrate` and `gem.calibrate`. Repeated rows count as often as they stand there."""
+class CalibrateSettings(Scoring, Sampling, TextSettings, UseRows):
+    """Of `gem calibrate` and `gem.calibrate`."""
 
     num_generations: int = setting(4, "candidates of a prompt, for scales and tests; 0: none", ge=0)
     score_features: tuple[str, ...] = setting(SCORE_FEATURES, "the features that the score is made of")
@@ -76,7 +87,6 @@ class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
         "auto",
         "pairs: the given ones; candidates: right and wrong ones of their prompts; auto: these where informative",
     )
-    duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("train", "of a dataset; a file has none")
     batch_size: int = setting(8, "prompts per batch", ge=1)
     device: str = setting("auto", "auto, cpu, cuda, ...")

@@ -20,7 +20,7 @@ def row_warnings(name: str, pairs: Sequence[TokenizedPair], *, answers_matter: b
     if answers_matter and all(pair.answer is None for pair in pairs):
         found.append(
             f'Warning: {name}: no row has a known answer ("answer"), so right and wrong answers are not counted; '
-            "another column is named by answer_column"
+            "another column is named by --answer-column (answer_column in a file and in Python)"
         )
     return found
 

@@ -6,8 +6,9 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from gem.errors import UserError, path_of
 _MAX_LISTED = 50
 # What ends like these is a file, never the id of a dataset on the hub.
 _SUFFIXES = (".gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# Behind the name of a split: a slice of it, or another one.
+_SLICED = re.compile(r"[\[(+]")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class RowReport:
             return
         if len(refused) == 1:
             raise UserError(f"{refused[0].where}: {refused[0].what}")
-        skips = ", ".join(f"{kind}_rows: skip" for kind in dict.fromkeys(p.kind for p in refused))
-        lines = [f"{self.source}: {len(refused)} of {self.num_rows} rows cannot be used; correct them, or set {skips}"]
+        skips = self.settings.how_to_skip(dict.fromkeys(p.kind for p in refused))
+        lines = [f"{self.source}: {len(refused)} of {self.num_rows} rows cannot be used; correct them, or {skips}"]
         lines += [f"  {p.where}: {p.what}" for p in refused[:_MAX_LISTED]]
         if len(refused) > _MAX_LISTED:
             lines.append(f"  ... and {len(refused) - _MAX_LISTED} more")
@@ -95,7 +98,7 @@ def read_rows(source: Source, split: str = "train") -> list[Row]:
     """Every row of a file (JSONL, JSON, CSV, TSV, each also as .gz; Parquet), of a `save_to_disk` directory, of a
     dataset on the hub, or of those given.
 
-    A file has no split. A hub id may name a configuration ("openai/gsm8k:main"), `split` may be a slice
+    A file has no split. A hub id may name a configuration ("openai/gsm8k:main"), `split` of a dataset may be a slice
     ("test[:100]"). Raises `UserError` where the source as a whole cannot be read.
     """
     if isinstance(source, GivenRows):
@@ -194,11 +197,23 @@ def _saved_dataset(path: Path, split: str) -> list[Row]:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a foreign file breaks with
         raise UserError(f"{path}: cannot read it: {_one_line(error)}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise UserError(f"{path}: no split {split!r}; it has {', '.join(found)}")
-        return [Row(f"{path}[{split}] row {i}", dict(row)) for i, row in enumerate(found[split])]
-    return [Row(f"{path} row {i}", dict(row)) for i, row in enumerate(found)]
+    if not isinstance(found, datasets.DatasetDict):
+        if not _SLICED.search(split):  # it is one split, whatever its name
+            return [Row(f"{path} row {i}", dict(row)) for i, row in enumerate(found)]
+        found = {_SLICED.split(split)[0]: found}
+    chosen = found[split] if split in found else _sliced(datasets, found, split, path)
+    return [Row(f"{path}[{split}] row {i}", dict(row)) for i, row in enumerate(chosen)]
+
+
+def _sliced(datasets: Any, found: Mapping[str, Any], split: str, path: Path) -> list[Any]:
+    """Rows of "train[:100]", "train[50%:]", "train+test[:9]", as `datasets` reads it of the hub."""
+    sizes = {name: len(rows) for name, rows in found.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        slice_ = f"{next(iter(found))}[:100]"
+        raise UserError(f"{path}: no split {split!r}; it has {', '.join(found)}; a slice is {slice_}") from error
+    return [row for part in parts for row in found[part.splitname].select(range(part.from_, part.to))]
 
 
 def _hub_dataset(source: str, split: str) -> list[Row]:

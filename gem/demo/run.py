@@ -19,6 +19,7 @@ from gem.evaluation.evaluate import Evaluation
 from gem.files import write_jsonl
 from gem.loop import TrainResult, report_run, train
 from gem.statistics import Estimate
+from gem.terminal.console import print_result
 
 # Chosen by measurement on 2 CPU cores in fp32, where the demo must end well within ten minutes.
 NUM_TRAIN = 48
@@ -81,7 +82,7 @@ def run_demo(model: str | None, output_dir: str | None, seed: int, console: Cons
         highlight=False, markup=False,
     )  # fmt: skip
     result = train(demo_config(model, root / "run", seed, data_dir), console)
-    console.print(demo_table(result.evaluations))
+    print_result(console, demo_table(result.evaluations))
     report_run(result, console)
     console.print(f"All of it took {time.monotonic() - start:.0f} s.", highlight=False)
     return result

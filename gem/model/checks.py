@@ -111,3 +111,41 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
             f"model: {name}: expected a causal language model, got {model.config.model_type}, whose logits depend on "
             "tokens that come later: an encoder cannot generate"
         )
+
+
+def check_there(name: str) -> None:
+    """Raises where the name is neither a path here nor known to the hub: one request, and none of what is cached.
+
+    Loading asks twelve times before it says so. Any other answer is left to it.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not Path(name).exists() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UserError(not_loaded(name, error)) from error
+    except OSError:  # refused, offline by setting, a failure of the hub's own
+        return
+    except http_error() as error:
+        raise UserError(not_loaded(name, error)) from error
+
+
+def http_error() -> type[Exception]:
+    """What no connection is to huggingface_hub, no OSError: of httpx, of httpx2, whatever its version is made with."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def not_loaded(name: str, error: Exception) -> str:
+    """One line on a model that cannot be loaded, and why."""
+    if Path(name).exists():
+        return f"model: cannot load {name}: {one_line(error)}"
+    return f"model: no file or directory {name} here, and as a hub id it cannot be loaded: {one_line(error)}"
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -28,7 +28,16 @@ from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
 from gem.errors import UserError
-from gem.model.checks import check_causal, check_finite, check_index, check_loaded, check_weights_file
+from gem.model.checks import (
+    check_causal,
+    check_finite,
+    check_index,
+    check_loaded,
+    check_there,
+    check_weights_file,
+    not_loaded,
+    one_line,
+)
 from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
 from gem.model.source import ModelSource
 
@@ -111,7 +120,7 @@ def load_model_for_training(source: ModelSource, config: PreTrainedConfig, setti
         try:
             checkpoint_activations(model)
         except ValueError as error:
-            raise UserError(f"gradient_checkpointing: {_one_line(error)}") from error
+            raise UserError(f"gradient_checkpointing: {one_line(error)}") from error
     if settings.use_peft and source.adapter:
         model = load_adapter(model, source.adapter, trainable=True)
     elif settings.use_peft:
@@ -134,7 +143,7 @@ def find_device(device: str) -> str:
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise UserError(f"device: cannot use {device!r}: {_one_line(error)}") from error
+        raise UserError(f"device: cannot use {device!r}: {one_line(error)}") from error
     if kind == "meta":
         raise UserError("device: meta holds no numbers; expected auto, cpu, cuda, ...")
     return device
@@ -325,15 +334,11 @@ def _check_model(model: PreTrainedModel, source: ModelSource) -> None:
 
 
 def _load(loader: Any, source: ModelSource, **arguments: Any) -> Any:
+    check_there(source.name)
     try:
         return loader.from_pretrained(source.name, **source.arguments, **arguments)
     except Exception as error:  # foreign files break in any way, struct.error within a cut-off GGUF included
-        raise UserError(f"model: cannot load {source.words}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
+        raise UserError(not_loaded(source.words, error)) from error
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -20,6 +20,7 @@ from gem.config.settings import TrainConfig
 from gem.model.load import find_attention, find_device
 from gem.model.lora import add_lora
 from gem.run.session import Inputs, read_inputs
+from gem.terminal.console import print_result
 
 GIB = 1 << 30
 
@@ -46,7 +47,7 @@ def dry_run(config: TrainConfig, console: Console) -> Plan:
     find_attention(config.attn_implementation, config.dtype, device)
     made = plan(config, inputs, measured_speed(device, config.dtype))
     for line in plan_lines(config, inputs, made, device):
-        console.print(line, highlight=False, soft_wrap=True)
+        print_result(console, line)
     return made
 
 

@@ -12,6 +12,7 @@ from gem.evaluation.evaluate import Evaluation, reward_differences
 from gem.parallel import processes
 from gem.run.session import RunState, Session
 from gem.statistics import Estimate, mean_estimate
+from gem.terminal.console import print_warning
 
 KEPT = "before-objective"
 
@@ -74,13 +75,16 @@ def keep_better(session: Session, state: RunState, before: str, after: str) -> s
     name = before if fell else after
     words = "; ".join(map(str, found))
     which = "the model at the start" if name == "start" else f"the model after {name}"
-    session.console.print(f"keep_best: {words}: {which} is saved", highlight=False, soft_wrap=True)
-    if fell:
+    line = f"keep_best: {words}: {which} is saved"
+    if not fell:
+        session.console.print(line, highlight=False, soft_wrap=True)
+    else:
+        print_warning(session.console, line)
         parameters, _ = states.load_checkpoint(session.run_dir / KEPT)
         states.restore_parameters(session.policy.model, parameters)
         done = f"{words}: {which} is saved"
-        line = {"stage": "guard", "step": state.step, "guards": ["keep_best"], "action": "keep_best", "done": done}
-        session.tracker.write(line, state.total_steps)
+        row = {"stage": "guard", "step": state.step, "guards": ["keep_best"], "action": "keep_best", "done": done}
+        session.tracker.write(row, state.total_steps)
     return name
 
 

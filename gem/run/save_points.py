@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 from gem.checkpoint import states
+from gem.checkpoint.folder import continue_command
 from gem.errors import Interrupted
 from gem.interrupt import Interrupt
 from gem.parallel import processes
@@ -61,6 +62,7 @@ class SavePoints:
 
     def _end(self) -> None:
         processes.wait_for_all()  # the checkpoint is there before a process says so
-        last = states.checkpoints(self.session.run_dir)[-1].name
+        run_dir = self.session.run_dir
+        last = states.checkpoints(run_dir)[-1].name
         number = self.interrupt.signal or 15  # another process's; how that one ended is its own matter
-        raise Interrupted(number, f"; {last} is saved: continue with --resume")
+        raise Interrupted(number, f"; {last} is saved; continue: {continue_command(run_dir)}")

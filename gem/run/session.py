@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from gem.calibration.score_file import Score, read_score, write_score
 from gem.checkpoint import states
-from gem.checkpoint.folder import RunFolder, check_run_directory, refuse_links
+from gem.checkpoint.folder import RunFolder, begin_again, check_run_directory, continue_command, refuse_links
 from gem.checkpoint.tree import from_tree, to_tree
 from gem.config.read import config_text, load_config
 from gem.config.settings import TrainConfig
@@ -246,24 +247,27 @@ def check_resume(config: TrainConfig, folder: RunFolder, console: Console) -> Pa
     processes.on_main(lambda: (folder.take(), refuse_links(run_dir)))
     before = load_config(saved).model_dump()
     grown = config.max_steps > before["max_steps"]
-    if (run_dir / "model").is_dir() and not grown:
-        raise UserError(
-            f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}; "
-            f"more than max_steps: {before['max_steps']} continue it"
-        )
+    done, kept = (run_dir / "model").is_dir(), states.checkpoints(run_dir)
+    if done and not (grown and kept):
+        then = f"more than max_steps: {before['max_steps']} continue it"
+        if not kept:
+            then = f"it has no checkpoint to go on from (save_steps leaves one): {begin_again(run_dir)}"
+        raise UserError(f"resume: the run in {run_dir} is complete; its model is {run_dir / 'model'}; {then}")
     may = (*MAY_CHANGE, *MAY_MOVE, "max_steps") if grown else (*MAY_CHANGE, *MAY_MOVE)
     changed = [k for k, v in config.model_dump().items() if v != before[k] and k not in may]
     if changed:
+        moved = "" if config.output_dir == before["output_dir"] else f" --output_dir {shlex.quote(config.output_dir)}"
         raise UserError(
             f"resume: {', '.join(changed)} changed since the run began (it had {changed[0]}: {before[changed[0]]!r}); "
-            f"only {', '.join(MAY_CHANGE)} may, and places: {', '.join(MAY_MOVE)}"
+            f"continue with the run's own settings: {continue_command(run_dir)}{moved}; only {', '.join(MAY_CHANGE)} "
+            f"may change, and places: {', '.join(MAY_MOVE)}"
         )
     if grown:
         check_extension(config)
-    if not states.checkpoints(run_dir):
+    if not kept:
         raise UserError(
             f"resume: {run_dir} holds no checkpoint (save_steps: {before['save_steps']}, save_minutes: "
-            f"{before['save_minutes']:g}); remove it and start the run without --resume"
+            f"{before['save_minutes']:g}): {begin_again(run_dir)}"
         )
     chosen: list[str] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from gem.terminal.text import visible
 
 LEVELS = ("debug", "info", "warning", "error")
 # Lines that begin like these are warnings; all others tell what is going on.
-_WARNINGS = ("warning", "guard ", "interrupted")
+_WARNINGS = ("warning", "guard ", "gate: ", "interrupted")
 _level = "info"
 
 
@@ -29,23 +30,35 @@ def level() -> str:
 
 
 class PlainConsole(Console):
-    """result: what it prints is what a command was asked for, which no level leaves out."""
+    """result: what it prints is what a command was asked for, which no level leaves out.
 
-    def __init__(self, *, result: bool = False, **arguments: Any) -> None:
-        super().__init__(markup=False, emoji=False, **arguments)
-        self.result = result
+    python_warnings: nothing is printed, and its warnings are Python's.
+    """
+
+    def __init__(self, *, result: bool = False, python_warnings: bool = False, **arguments: Any) -> None:
+        super().__init__(markup=False, emoji=False, **({"quiet": True} if python_warnings else {}), **arguments)
+        self.result, self.python_warnings = result, python_warnings
 
     def render_str(self, text: str, **arguments: Any) -> Text:
         return super().render_str(visible(text), **{**arguments, "markup": False, "emoji": False})
 
     def print(self, *objects: Any, **arguments: Any) -> None:
-        if self.result or level() in ("debug", "info") or (level() == "warning" and _is_warning(objects)):
-            super().print(*objects, **{**arguments, "markup": False, "emoji": False})
+        if self.python_warnings:
+            if _is_warning(objects):
+                self.warn(objects[0])
+        elif self.result or level() in ("debug", "info") or (level() == "warning" and _is_warning(objects)):
+            self.show(*objects, **arguments)
+
+    def show(self, *objects: Any, **arguments: Any) -> None:
+        """At every level."""
+        super().print(*objects, **{**arguments, "markup": False, "emoji": False})
 
     def warn(self, words: str) -> None:
         """A line that the level `warning` keeps, whatever it begins with."""
-        if self.result or level() != "error":
-            super().print(words, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        if self.python_warnings:
+            warnings.warn(words, stacklevel=2)
+        elif self.result or level() != "error":
+            self.show(words, highlight=False, soft_wrap=True)
 
 
 def print_warning(console: Console, words: str) -> None:
@@ -54,6 +67,12 @@ def print_warning(console: Console, words: str) -> None:
         console.warn(words)
     else:
         console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_result(console: Console, line: Any) -> None:
+    """What a command was asked for, a table or a line, which no level leaves out. To any console of rich's."""
+    show = console.show if isinstance(console, PlainConsole) else console.print
+    show(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
 
 def make_console(**arguments: Any) -> Console:

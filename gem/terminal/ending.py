@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from gem.errors import UserError
+from gem.errors import UserError, missing_package
 from gem.terminal.text import visible
 
 MISTAKE, BUG, READER_GONE = 2, 1, 141
@@ -53,6 +53,9 @@ def one_line_endings(debug: bool = False) -> Iterator[None]:
             complain(
                 f"out of memory: {words}; lower batch sizes or max_completion_length, or set gradient_checkpointing"
             )
+            sys.exit(MISTAKE)
+        if words := missing_package(error):
+            complain(words)
             sys.exit(MISTAKE)
         complain(f"a bug in gem, please report it: {type(error).__name__}: {_first_line(error)}; {_keep_trace(error)}")
         sys.exit(BUG)

@@ -16,7 +16,7 @@ from gem.errors import UserError
 from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.model.forward import pair_logprobs
 from gem.model.opened import ModelLike, open_model
-from gem.use.scorer import warn
+from gem.terminal.console import print_warning
 
 
 def evaluate_data(
@@ -47,7 +47,7 @@ def evaluate_sources(
         rows, made = load_pairs(source, opened.form, opened.context, settings, settings.split, room=room)
         found[str(source)] = rows
         for words in filter(None, (str(made), *row_warnings(str(source), rows))):
-            warn(console, words)
+            print_warning(console, words)
     starts = {}
     if reference is not None:
         other = open_model(reference, settings)

@@ -16,9 +16,10 @@ from gem.data.prompts import Prompt
 from gem.errors import UserError
 from gem.model.opened import ModelLike, open_model
 from gem.progress import Bar
+from gem.terminal.console import print_warning
 from gem.terminal.text import visible
 from gem.use.score import ScoreRow, overlong, score_rows
-from gem.use.scorer import make_scorer, warn
+from gem.use.scorer import make_scorer
 
 
 def generate(
@@ -30,7 +31,7 @@ def generate(
 ) -> list[dict[str, Any]]:
     """A row for each candidate as `gem score` has them, the highest score first; with `best` that one alone."""
     opened = open_model(model, settings)
-    scorer = make_scorer(score, settings, opened.name, lambda words: warn(console, words))
+    scorer = make_scorer(score, settings, opened.name, lambda words: print_warning(console, words))
     row = ScoreRow("prompt", prompt, (), None)
     if problem := overlong(row, opened.form, opened.context, settings.max_completion_length):
         raise UserError(f"prompt: {problem}, or lower max_completion_length")

@@ -28,7 +28,8 @@ from gem.progress import Bar, progress
 from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.records import feature_rows, finite, token_rows
 from gem.scoring.score import ScoredRollout, score_rollout
-from gem.use.scorer import Scorer, make_scorer, warn
+from gem.terminal.console import print_warning
+from gem.use.scorer import Scorer, make_scorer
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ def score_data(
 ) -> Iterator[dict[str, Any]]:
     """All of `gem score`. Mistakes are raised before the weights are loaded, at the first row that is asked for."""
     opened = open_model(model, settings)
-    scorer = make_scorer(score, settings, opened.name, lambda words: warn(console, words))
+    scorer = make_scorer(score, settings, opened.name, lambda words: print_warning(console, words))
     console.print(f"Loading {opened.name}", highlight=False, markup=False)
     rows, made = load_score_rows(data, opened.form, opened.context, settings)
     if str(made):
-        warn(console, str(made))
+        print_warning(console, str(made))
     policy, form = opened.policy(settings.device)
     with progress(console, "Scoring", len(rows)) as bar:
         yield from score_rows(policy, form, rows, scorer, settings, bar)
@@ -175,7 +176,7 @@ def _score_row(row: Row, names: Sequence[str], settings: RowSettings) -> ScoreRo
     present = [name for name in names if name in row.values]
     if names and not present:
         wanted = f'"{names[0]}", or "{names[1]}" and "{names[2]}"'
-        return f"no answer to score: add {wanted}, or sample answers with --sample"
+        return f"no answer to score: add {wanted}, or sample answers with --sample 8 (Python: num_generations=8)"
     parsed = answers_from_row(row, present, settings)
     if isinstance(parsed, str):
         return parsed

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from gem.calibration.probability import preference_probabilities, right_probabilities
 from gem.calibration.score_file import Score, read_score
 from gem.config.settings import Scoring
 from gem.errors import UserError
 from gem.scoring.score import ScoredRollout
-from gem.terminal.console import print_warning
 from gem_kernels import LinearScore
 
 Warn = Callable[[str], None]
@@ -53,13 +50,6 @@ class Scorer:
                 if valid[i]:
                     rows[i]["probability"] = value
         return rows
-
-
-def warn(console: Console, words: str) -> None:
-    """One line, as it stands; a Python warning where nothing is printed."""
-    if console.quiet:
-        warnings.warn(words, stacklevel=2)
-    print_warning(console, words)
 
 
 def make_scorer(score: Score | str | Path | None, scoring: Scoring, model: str, warn: Warn) -> Scorer:

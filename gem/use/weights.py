@@ -11,6 +11,7 @@ from gem.config.settings import TextSettings
 from gem.errors import UserError
 from gem.files import write_directory
 from gem.model import load
+from gem.model.checks import http_error
 from gem.model.opened import open_text
 from gem.model.source import find_model
 
@@ -56,8 +57,8 @@ def push_model(model: str, repo: str, private: bool, console: Console) -> str:
     except HfHubHTTPError as error:
         hint = "; run hf auth login with a key that may write" if "401" in str(error) or "403" in str(error) else ""
         raise UserError(f"push: the hub refused {repo}: {_one_line(error)}{hint}") from error
-    except OSError as error:  # no network among them
-        raise UserError(f"push: no answer from the hub: {_one_line(error)}") from error
+    except (OSError, http_error()) as error:  # no network among them
+        raise UserError(f"push: no answer from the hub: {_one_line(error)}; look at the network, try again") from error
     return f"https://huggingface.co/{repo}"
 
 

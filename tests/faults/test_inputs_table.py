@@ -17,7 +17,7 @@ from gem.data.pairs import load_pairs, load_prompts
 from gem.data.prompts import text_format
 from gem.data.sources import read_rows
 from gem.errors import UserError, short
-from gem.terminal.console import make_console, print_warning, set_level
+from gem.terminal.console import make_console, print_result, print_warning, set_level
 from gem.terminal.text import visible
 from tests.faults.calls import call
 from tests.helpers import FORM, TextSettings, tiny_tokenizer
@@ -92,7 +92,7 @@ class mock_line:
 
 
 FLAGS = {
-    "no flag": (["x"], "flags: expected --key value, got 'x'"),
+    "no flag": (["x"], "flags: expected one config and then --key value, got 'x'"),
     "no value": (["--seed"], "--seed: expected a value, got none"),
     "an alias": (["--seed", "*a"], "config: seed: expected int, got '*a'"),
     "nested": (["--seed", "[" * 500], "config: seed: expected int, got '[[["),
@@ -221,15 +221,17 @@ def test_log_levels(capsys):
         for level in ("debug", "info", "warning", "error"):
             set_level(level)
             console = make_console()
-            for words in ("Loading m", "Warning: w", "Guard kl: g"):
+            for words in ("Loading m", "Warning: w", "Guard kl: g", "gate: SEGA is not run"):
                 console.print(words)
             print_warning(console, "2 rows left out")
             make_console(result=True).print("table")
+            print_result(console, "Run: r")
             seen[level] = capsys.readouterr().out.split("\n")[:-1]
     finally:
         set_level("info")
-    everything = ["Loading m", "Warning: w", "Guard kl: g", "2 rows left out", "table"]
-    assert seen == {"debug": everything, "info": everything, "warning": everything[1:], "error": ["table"]}
+    warned = ["Warning: w", "Guard kl: g", "gate: SEGA is not run", "2 rows left out"]
+    everything, asked = ["Loading m", *warned, "table", "Run: r"], ["table", "Run: r"]
+    assert seen == {"debug": everything, "info": everything, "warning": everything[1:], "error": asked}
 
 
 def test_a_value_in_a_message_is_short():

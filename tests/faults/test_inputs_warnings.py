@@ -47,7 +47,10 @@ def test_pairs_both_ways_round(tmp_path):
 def test_no_known_answer_anywhere(tmp_path):
     without = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in PAIRS]
     (line,) = said(tmp_path, without)
-    assert 'train_file.jsonl: no row has a known answer ("answer")' in line and "answer_column" in line
+    assert (
+        'train_file.jsonl: no row has a known answer ("answer")' in line
+        and "named by --answer-column (answer_column" in line
+    )
     assert said(tmp_path, [*without[:3], PAIRS[3]]) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shlex
 import signal
 import sys
 import types
@@ -29,6 +30,7 @@ from gem.run.metrics import rollout_metrics
 from gem.scoring.score import score_rollout
 from gem.update.optimizer import NO_STEP
 from gem.update.sega import sega_step
+from tests.faults.calls import call
 from tests.faults.test_runs_folder import flip_a_bit
 from tests.helpers import Killed, rollout_of, rows, save_tiny, saved_weights, tiny_model, trainer_of
 
@@ -95,7 +97,8 @@ def test_a_signal_saves_a_checkpoint_and_the_moved_run_goes_on_to_the_bit(
         with pytest.raises(Interrupted) as ended:
             train(config_of(folder, tmp_path / "run"), quiet())
     name = signal.Signals(number).name
-    assert str(ended.value) == f"ended by {name}; {saved} is saved: continue with --resume"
+    command = f"gem train {tmp_path / 'run' / 'config.yaml'} --resume"
+    assert str(ended.value) == f"ended by {name}; {saved} is saved; continue: {command}"
     assert ended.value.exit_code == 128 + number and [p.name for p in states.checkpoints(tmp_path / "run")] == [saved]
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "rows.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
@@ -112,6 +115,21 @@ def test_a_signal_saves_a_checkpoint_and_the_moved_run_goes_on_to_the_bit(
     assert f"Continuing from {saved}" in console.file.getvalue() and "began with" not in console.file.getvalue()
     assert rows(tmp_path / "moved") == rows(unbroken) and saved_weights(tmp_path / "moved") == saved_weights(unbroken)
     assert yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())["output_dir"] == str(tmp_path / "moved")
+
+
+def test_the_line_after_ctrl_c_continues_a_run_of_flags_alone(folder, unbroken, monkeypatch, tmp_path):
+    """As it stands, though no file of settings was given; a space in the folder's name is nothing to it."""
+    run_dir = tmp_path / "a run"
+    paths = {"model": folder / "model", "train_file": folder / "pairs.jsonl", "output_dir": run_dir}
+    flags = [word for key, value in {**RUN, **paths}.items() for word in (f"--{key}", value)]
+    with monkeypatch.context() as patch:
+        at_line(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        code, _, errors = call("train", *flags)
+    command = errors.rstrip().rpartition("; continue: gem ")[2]
+    assert code == 130 and shlex.split(command) == ["train", f"{run_dir}/config.yaml", "--resume"], errors
+    code, out, errors = call(*shlex.split(command))
+    assert code == 0 and "Continuing from checkpoint-" in out, errors
+    assert rows(run_dir) == rows(unbroken) and saved_weights(run_dir) == saved_weights(unbroken)
 
 
 def test_a_second_signal_ends_at_once(folder, monkeypatch, tmp_path):

@@ -20,6 +20,8 @@ from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
 from gem.loop import write_page
 from gem.report.records import read_completions
+from gem.run.keep_best import Change
+from gem.terminal.console import set_level
 from tests.gem.test_cli import call
 from tests.gem.test_use import fitted
 from tests.helpers import save_tiny, tiny_model, tiny_tokenizer
@@ -27,7 +29,7 @@ from tests.helpers import save_tiny, tiny_model, tiny_tokenizer
 RUN = {
     "num_generations": 2, "max_completion_length": 6, "max_steps": 1, "prompts_per_step": 2, "sft_epochs": 0,
     "learning_rate": 1e-3, "eval_generate": 1, "eval_sample": 1, "system_prompt": "Think.", "device": "cpu",
-    "log_completions_steps": 1,
+    "log_completions_steps": 1, "gate": "off",
 }  # fmt: skip
 PAIRS = arithmetic_pairs(6, seed=3)
 
@@ -123,6 +125,10 @@ def test_calibrate_is_what_the_command_writes(folder, objects, tmp_path, same_st
         gem.calibrate(objects, PAIRS, score_features=("nonsense",))
 
 
+CUT_OFF = pytest.mark.filterwarnings("ignore:Warning. SEGA, step 1. every candidate was cut off:UserWarning")
+
+
+@CUT_OFF
 def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_state, capsys):
     before = {name: value.clone() for name, value in objects[0].state_dict().items()}
     one = gem.train(folder / "model", folder / "pairs.jsonl", output_dir=tmp_path / "one", verbose=False, **RUN)
@@ -137,6 +143,35 @@ def test_train_from_memory_is_train_from_files(folder, objects, tmp_path, same_s
     for result in (one, two):
         assert result.page == result.run_dir / "report.html" and "<html" in result.page.read_text()
         assert read_completions(result.run_dir / "completions.jsonl")[0].tokens is not None
+
+
+@CUT_OFF
+def test_train_says_where_the_objective_was_not_kept(folder, tmp_path, monkeypatch, capsys):
+    """In silence by Python's warnings; else by the lines and the table of the command."""
+    path = folder / "model"
+    with pytest.warns(UserWarning, match="gate: SEGA is not run, because its score is not shown"):
+        made = gem.train(path, PAIRS, output_dir=tmp_path / "gate", verbose=False, **{**RUN, "gate": "stop"})
+    assert made.saved == "start" and made.evaluations[made.saved].preference.num_pairs
+    monkeypatch.setattr(Change, "fell", True)
+    with pytest.warns(UserWarning, match="keep_best: .*: the model at the start is saved"):
+        made = gem.train(path, PAIRS, output_dir=tmp_path / "best", verbose=False, keep_best=True, **RUN)
+    assert made.saved == "start" and capsys.readouterr() == ("", "")
+    made = gem.train(path, PAIRS, output_dir=tmp_path / "loud", keep_best=True, **RUN)
+    out = capsys.readouterr().out
+    assert "preference accuracy" in out and f"Run: {made.run_dir} (model/ of start" in out and "keep_best: " in out
+
+
+@pytest.mark.parametrize(("level", "told"), [("warning", True), ("error", False)])
+def test_no_level_leaves_out_what_a_run_came_to(level, told, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Change, "fell", True)
+    paths = {"model": folder / "model", "train_file": folder / "pairs.jsonl", "output_dir": tmp_path / "run"}
+    flags = [word for key, value in {**RUN, "keep_best": True, **paths}.items() for word in (f"--{key}", value)]
+    code, dry, _ = call(["--log-level", level, "train", *flags, "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and "Loading" not in dry and "Dry run: every check" in dry
+    code, out, _ = call(["--log-level", level, "train", *flags], monkeypatch, capsys)
+    set_level("info")
+    assert code == 0 and "Loading" not in out and ("keep_best: " in out) is told
+    assert "preference accuracy" in out and f"Run: {tmp_path}/run (model/ of start" in out and "Page: " in out
 
 
 @pytest.mark.parametrize(
@@ -176,8 +211,21 @@ def test_what_is_beside_a_run_is_not_overwritten(folder, tmp_path):
         (lambda model: gem.score(model, [{"prompt": "?"}]), "data row 0: no answer to score"),
         (lambda model: gem.generate(model, " "), "prompt: "),
         (lambda model: gem.generate(model, [{"role": "user"}]), "prompt: "),
+        (lambda model: gem.generate(model, ["1?", "2?"]), "got list; several prompts are rows of gem.score"),
+        (lambda model: gem.generate(model, None), "prompt: expected one question as text, or the messages of one chat"),
+        (lambda model: gem.generate(model, 3), "[{'role': 'user', 'content': ...}], got int"),
         (lambda model: gem.generate(model, "?", temperature=-1), "temperature: expected at least 0"),
+        (lambda model: gem.score(model, PAIRS, best=True), "--sample 8 (Python: num_generations=8)"),
         (lambda model: gem.evaluate(model, []), "no pairs in it"),
+        (lambda model: gem.evaluate(model, PAIRS, preference_reduction="relative"), "reference: expected the model"),
+        (
+            lambda model: gem.calibrate(model, PAIRS, held_out=PAIRS, num_generations=0),
+            "held_out: expected num_generations of at least 1 with it, got 0",
+        ),
+        (
+            lambda model: gem.calibrate(model, PAIRS, calibrate_on="candidates", num_generations=1),
+            "calibrate_on: candidates: expected num_generations of at least 2 with it, got 1",
+        ),
         (lambda model: gem.evaluate("no/such/model", PAIRS), "no such file or directory"),
     ],
 )

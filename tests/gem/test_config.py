@@ -35,10 +35,31 @@ def test_a_command_has_its_config_anywhere_or_none(tmp_path):
         load_command_line([str(path), *flags, "other.yaml"])
     with pytest.raises(UserError, match="--seed: expected a value"):
         load_command_line([str(path), "--seed"])
-    with pytest.raises(UserError, match=r"use_peft.*c.yaml"):
-        load_command_line(["--use_peft", str(path)])
     with pytest.raises(UserError, match=r"model.*--model"):
         load_command_line([])
+
+
+def test_a_boolean_flag_may_stand_alone(tmp_path):
+    """As with transformers' HfArgumentParser: what follows it is its value where it can be one."""
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ntrain_file: t.jsonl\noutput_dir: o\n")
+    for words in (
+        ["--use_peft"],
+        ["--use-peft", "true"],
+        ["--use_peft", "YES"],
+        ["--use_peft=on"],
+        ["--use_peft", "1"],
+    ):
+        for line in ([str(path), *words], [*words, str(path)], [*words, "--seed", "3", str(path)]):
+            assert load_command_line(line).use_peft is True, line
+    for words in (["--mask_truncated", "false"], ["--mask_truncated=0"], ["--mask_truncated", "No"]):
+        assert load_command_line(["--preset", "safe", *words, str(path)]).mask_truncated is False
+    assert parse_flags(["--use_peft", "--seed", "3"]) == {"use_peft": True, "seed": 3}
+    assert parse_flags(["--seed", "1", "--model", "yes"]) == {"seed": 1, "model": "yes"}
+    with pytest.raises(UserError, match="use_peft: expected bool, got 'maybe'"):
+        load_command_line([str(path), "--use_peft=maybe"])
+    with pytest.raises(UserError, match="expected one config and then --key value, got 'maybe'"):
+        load_command_line([str(path), "--use_peft", "maybe"])
 
 
 def test_a_text_flag_stays_text():
@@ -141,6 +162,10 @@ def test_the_presets_say_what_is_asked_of_a_score():
 
 def test_lists_of_names():
     assert build_config({**NEEDED, "report_to": "tensorboard,wandb"}).report_to == ("tensorboard", "wandb")
+    for none in ("none", ["none"], "", []):
+        assert build_config({**NEEDED, "report_to": none}).report_to == ()
+    with pytest.raises(UserError, match=r"report_to: .*'none'"):
+        build_config({**NEEDED, "report_to": "none,wandb"})
     spans = build_config({**NEEDED, "answer_span": ["boxed", "regex:a,b{2}", "last_tokens:8"]}).answer_span
     assert spans == ("boxed", "regex:a,b{2}", "last_tokens:8")
     assert build_config({**NEEDED, **parse_flags(["--answer_span=regex:x, y"])}).answer_span == ("regex:x, y",)

@@ -9,6 +9,7 @@ import torch
 
 from gem.config.read import build_config
 from gem.config.settings import DIRECT_SYSTEM_PROMPT, RowSettings, TextSettings
+from gem.config.use import CalibrateSettings, EvaluateSettings, ScoreSettings
 from gem.data import sources
 from gem.data.answers import answer_finders
 from gem.data.batches import collate
@@ -100,6 +101,15 @@ def test_all_bad_rows_are_in_one_report(tmp_path):
     assert f"the first: {path}:1: not valid JSON" in str(report)
     pairs, report = load(path, 512, bad_rows="skip", duplicate_rows="keep")
     assert len(pairs) == 4 and report.counts() == {"bad": 2}
+
+
+def test_a_report_names_what_the_command_takes(tmp_path):
+    """gem train has settings, the other commands a flag, Python an argument."""
+    path = write(tmp_path / "pairs.jsonl", b"{", b"[")
+    for settings in (ScoreSettings(), EvaluateSettings(), CalibrateSettings()):
+        words = r"correct them, or leave them out with --skip-bad \(Python: bad_rows=\"skip\"\)\n"
+        with pytest.raises(UserError, match=words):
+            load_pairs(path, FORM, 512, settings)
 
 
 def test_a_long_report_is_cut_and_says_so(tmp_path):
@@ -206,8 +216,14 @@ def test_csv_json_parquet_and_saved_datasets_give_the_same_pairs(tmp_path):
     for name in ("p.json", "lines.json", "p.parquet", "p.csv", "saved", "splits"):
         assert load(tmp_path / name)[0] == want, name
     assert load(tmp_path / "splits", split="test")[0] == want[1:2]
-    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
-        load(tmp_path / "splits", split="dev")
+    for split in ("dev", "dev[:2]", "train[x]"):
+        with pytest.raises(UserError, match=r"no split '.*'; it has train, test; a slice is train\[:100\]$"):
+            load(tmp_path / "splits", split=split)
+    for name in ("splits", "saved"):
+        assert load(tmp_path / name, split="train[1:]")[0] == want[1:]
+        assert load(tmp_path / name, split="train[:34%]")[0] == want[:1]
+        assert read_rows(tmp_path / name, "train[1:2]")[0].where == f"{tmp_path}/{name}[train[1:2]] row 0"
+    assert load(tmp_path / "splits", split="test+train[2:]")[0] == want[1:]
     with pytest.raises(UserError, match="no saved dataset"):
         load(tmp_path)
     places = [row.where for name in ("splits", "p.csv") for row in read_rows(tmp_path / name)]

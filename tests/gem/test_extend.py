@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gem.checkpoint import states
 from gem.config.read import build_config
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.errors import UserError
@@ -47,9 +48,27 @@ def test_a_run_that_cannot_be_extended_says_so(folder):
     run(folder, "done", 2)
     with pytest.raises(UserError, match=r"is complete; its model is .*more than max_steps: 2 continue it"):
         run(folder, "done", 2, resume=True)
-    with pytest.raises(UserError, match="seed changed since the run began"):
+    own = rf"continue with the run's own settings: gem train {folder}/done/config.yaml --resume;"
+    with pytest.raises(UserError, match=f"seed changed since the run began .*{own}"):
         run(folder, "done", 3, resume=True, seed=1)
     run(folder, "falls", 2, lr_schedule="cosine")
     with pytest.raises(UserError, match="a run with lr_schedule: cosine cannot be given more max_steps"):
         run(folder, "falls", 3, resume=True, lr_schedule="cosine")
     assert (folder / "falls" / "model").is_dir()
+
+
+def test_a_run_without_a_checkpoint_keeps_its_model(folder):
+    """Whatever is asked of it, what is said of a finished run leads on from its model, and never to its removal."""
+    done = run(folder, "bare", 1, save_steps=0)
+    for steps in (1, 2):
+        with pytest.raises(UserError) as error:
+            run(folder, "bare", steps, resume=True, save_steps=0)
+        words = str(error.value)
+        assert "is complete" in words and "no checkpoint to go on from (save_steps leaves one)" in words
+        assert words.endswith(f"start a new run with another output_dir and model: {done.model_dir}")
+        assert "\n" not in words and "remove" not in words
+    kept = run(folder, "broken", 1)
+    for path in states.checkpoints(kept.run_dir):
+        (path / "checksums.json").write_text("")
+    with pytest.raises(UserError, match=rf"is whole: .*another output_dir and model: {kept.model_dir}$"):
+        run(folder, "broken", 2, resume=True)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import modeling_flash_attention_utils as flash_attention
 
 from gem.errors import UserError
 from gem.model import forward
+from gem.model.checks import check_there
 from gem.model.forward import Policy
 from gem.model.load import (
     checkpoint_activations,
@@ -87,6 +89,43 @@ def test_a_broken_gguf_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"cannot load .*x\.gguf") as error:
         load_tokenizer(find_model(str(tmp_path / "x.gguf")))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [HfHubHTTPError.__bases__[0]("no name"), HFValidationError("not\nan id")])
+def test_a_name_that_is_nowhere_is_told_at_once(tmp_path, monkeypatch, error):
+    """One request to the hub, no twelve; what stands here or was loaded before takes none."""
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("gem.model.load.AutoTokenizer", None)  # nothing asks in another way
+    with pytest.raises(UserError) as found:
+        load_tokenizer(find_model("modle"))
+    words = "model: no file or directory modle here, and as a hub id it cannot be loaded: "
+    assert str(found.value) == words + " ".join(str(error).split()) and asked == ["modle"]
+    check_there(str(save_tiny(tmp_path / "model")))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"cache/{name}/{file}")
+    check_there("modle")
+    assert asked == ["modle"]
+
+
+def test_no_network_is_told_at_once(monkeypatch):
+    """The client itself, whatever it is made with, where there is no hub."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no file or directory modle here"):
+        check_there("modle")
+
+
+def test_another_answer_of_the_hub_is_left_to_loading(monkeypatch):
+    def model_info(self, name, timeout):
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    check_there("org/model")
 
 
 class FlashAttention:

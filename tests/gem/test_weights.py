@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 
 from gem.config.settings import Lora, TextSettings
@@ -93,6 +93,11 @@ def test_a_model_is_pushed(folder, monkeypatch):
         (["me/../x"], None, "REPO: expected OWNER/NAME"),
         (["me/model"], LocalTokenNotFoundError("no"), "no key of the hub here: run hf auth login, or set HF_TOKEN"),
         (["me/model"], OSError("network\nis down"), "push: no answer from the hub: network is down"),
+        (
+            ["me/model"],
+            HfHubHTTPError.__bases__[0]("[Errno -2] no name"),
+            "push: no answer from the hub: [Errno -2] no name; look",
+        ),
     ],
 )
 def test_a_push_that_fails_is_one_line(folder, monkeypatch, arguments, error, words):
