@@ -1,14 +1,17 @@
 """The table of evaluations: whole at 80 columns, with all that was measured, and no number that means another."""
 
+import dataclasses
 import io
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from gem.evaluation.evaluate import AnswerAccuracy, CandidateScores, Evaluation, PreferenceAccuracy, SampledAnswers
-from gem.evaluation.report import evaluation_table
+from gem.evaluation.report import evaluation_metrics, evaluation_table
 from gem.statistics import Calibration, Estimate
 
 
@@ -101,3 +104,17 @@ def test_scores_of_two_kinds_do_not_stand_in_one_row():
 def test_a_mean_of_nothing_is_a_dash():
     text = table({**STAGES, "SFT": evaluation(2, score=math.nan)})
     assert "nan" not in text and row(text, "mean score S")[0] == ["0.500", "-", "0.500"]
+
+
+def test_the_names_in_the_docs_are_those_of_the_metrics():
+    result = evaluation(1)
+    result = dataclasses.replace(
+        result, preferences=dict.fromkeys(("sum", "mean", "relative"), result.preference),
+        candidates=dataclasses.replace(result.candidates, pairs_decided=0.5),
+    )  # fmt: skip
+    text = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    table = text.partition("Evaluations have names of their own")[2].partition("| name | meaning |")[2]
+    named = set(re.findall(r"`(eval/[a-z_/]+)`", table))
+    starred = set(re.findall(r"`(eval/[a-z_/]+)` \*", table))
+    assert len(starred) == 8
+    assert named | {f"{name}_{end}" for name in starred for end in ("low", "high")} == set(evaluation_metrics(result))
