@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -10,6 +10,16 @@ from typing_extensions import Self
 from gem.config.section import setting
 from gem.config.settings import SCORE_FEATURES, EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
 from gem.errors import UserError
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    setting("float32", "of the weights; auto: bfloat16 on CUDA where the model's own is, else float32"),
+]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None: flags that stand in the line."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class UseSettings(Scoring, Sampling, TextSettings):
@@ -20,6 +30,7 @@ class UseSettings(Scoring, Sampling, TextSettings):
     top: int = setting(0, "likeliest alternatives of each token, beside tokens; 0: none", ge=0, le=100)
     batch_size: int = setting(8, "prompts per batch", ge=1)
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
     seed: Seed
 
     @model_validator(mode="after")
@@ -65,6 +76,7 @@ class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, RowS
     duplicate_rows: Literal["skip", "keep", "error"] = setting("keep", "rows that stood there before")
     split: str = setting("test", "of a dataset; a file has none")
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
 
 
 class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
@@ -80,4 +92,5 @@ class CalibrateSettings(Scoring, Sampling, TextSettings, RowSettings):
     split: str = setting("train", "of a dataset; a file has none")
     batch_size: int = setting(8, "prompts per batch", ge=1)
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
     seed: Seed
