@@ -49,10 +49,9 @@ Split = Annotated[str, typer.Option(help="Of a dataset; a slice too: test[:100].
 Column = Annotated[str, typer.Option(metavar="NAME", help="Also --chosen-, --rejected-, --answer-column.")]
 Other = Annotated[str, typer.Option(metavar="NAME", hidden=True)]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
-# Where they are not given, RUN/model has those of its run.
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="Empty: none; RUN/model: its run's.")]
-Marker = Annotated[str | None, typer.Option(metavar="TEXT", help="Before the final answer; so too.")]
-Span = Annotated[str | None, typer.Option(metavar="NAMES", help="How it is found: marker,boxed,...; so too.")]
+Marker = Annotated[str | None, typer.Option(metavar="TEXT", help="Before an answer; RUN/model: its run's.")]
+Span = Annotated[str | None, typer.Option(metavar="NAMES", help="How they are found; RUN/model: its run's.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16; auto: the model's own on CUDA.")]
@@ -300,7 +299,7 @@ def evaluate_command(
     beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
     generate: Annotated[int, typer.Option(metavar="N", min=0, help="Problems answered greedily.")] = 0,
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts with scored candidates.")] = 0,
-    num_generations: Annotated[int, typer.Option(min=1, help="Candidates of each.")] = DEFAULT.num_generations,
+    num_generations: Annotated[int, typer.Option(metavar="N", min=1, help="Of each prompt.")] = DEFAULT.num_generations,
     max_completion_length: Length = DEFAULT.max_completion_length,
     answer_span: Span = None,
     answer_marker: Marker = None,
