@@ -29,7 +29,6 @@ from gem.use.places import check_out, check_places, check_score
 
 # A command that has a setting as a flag has its default too.
 DEFAULT = SimpleNamespace(**{name: field.default for name, field in TrainConfig.model_fields.items()})
-SPAN = ",".join(DEFAULT.answer_span)
 
 # Plain help: the boxes of rich's take twice the lines, and a command's help should fit a screen.
 app = typer.Typer(
@@ -50,11 +49,12 @@ Split = Annotated[str, typer.Option(help="Of a dataset; a slice too: test[:100].
 Column = Annotated[str, typer.Option(metavar="NAME", help="Also --chosen-, --rejected-, --answer-column.")]
 Other = Annotated[str, typer.Option(metavar="NAME", hidden=True)]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
-System = Annotated[str, typer.Option("--system-prompt", help="Empty: none.", show_default=False)]
-Marker = Annotated[str, typer.Option(help="What stands before the final answer.")]
-Span = Annotated[str, typer.Option(help="How it is found: marker,boxed,... in order.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="Empty: none; RUN/model: its run's.")]
+Marker = Annotated[str | None, typer.Option(metavar="TEXT", help="Before an answer; RUN/model: its run's.")]
+Span = Annotated[str | None, typer.Option(metavar="NAMES", help="How they are found; RUN/model: its run's.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16; auto: the model's own on CUDA.")]
 Out = Annotated[Path | None, typer.Option(help="Where the rows go; none: standard output.")]
 ScoreFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A score.json; none: the paper's score.")]
 Length = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")]
@@ -137,15 +137,13 @@ def calibrate_command(
     ] = "auto",
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Candidates a prompt; 0: none.")] = 4,
     eval_file: Annotated[str | None, typer.Option(metavar="DATA", help="Other prompts to test it on.")] = None,
-    max_completion_length: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens of one.")
-    ] = DEFAULT.max_completion_length,
+    max_completion_length: Length = DEFAULT.max_completion_length,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
     fork_weight: Annotated[float, typer.Option(help="Of the paper's score beside it.")] = DEFAULT.fork_weight,
     top_m: Annotated[float, typer.Option(help="Share of the reasoning in H_fork.")] = DEFAULT.top_m,
-    answer_span: Span = SPAN,
-    answer_marker: Marker = DEFAULT.answer_marker,
-    system_prompt: System = DEFAULT.system_prompt,
+    answer_span: Span = None,
+    answer_marker: Marker = None,
+    system_prompt: System = None,
     split: Split = DEFAULT.train_split,
     prompt_column: Column = DEFAULT.prompt_column,
     chosen_column: Other = DEFAULT.chosen_column,
@@ -155,13 +153,14 @@ def calibrate_command(
     batch_size: BatchSize = DEFAULT.eval_batch_size,
     seed: int = DEFAULT.seed,
     device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
 ) -> None:
     """Fit a score to the given pairs, test it, and say whether to trust it.
 
     Candidates of the model give the scales. Where answers are known, they are fitted to too, and tell what the score is
     worth on them.
     """
-    from gem.config.use import CalibrateSettings
+    from gem.config.use import CalibrateSettings, given
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -177,9 +176,9 @@ def calibrate_command(
     settings = CalibrateSettings(
         num_generations=sample, score_features=names, calibrate_on=calibrate_on,
         max_completion_length=max_completion_length, temperature=temperature, fork_weight=fork_weight, top_m=top_m,
-        answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, split=split,
-        prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column,
-        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
+        **given(answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt), split=split,
+        prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column, seed=seed,
+        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, device=device, dtype=dtype,
     )  # fmt: skip
     check_places(model, pairs, eval_file)
     from gem.calibration.features import feature_columns
@@ -212,9 +211,9 @@ def score_command(
     temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="Of the sampler.")] = DEFAULT.temperature,
     fork_weight: Annotated[float, typer.Option(metavar="X", help="S = -H_final + X * H_fork.")] = DEFAULT.fork_weight,
     top_m: Annotated[float, typer.Option(metavar="X", help="Share of reasoning tokens in H_fork.")] = DEFAULT.top_m,
-    answer_span: Span = SPAN,
-    answer_marker: Marker = DEFAULT.answer_marker,
-    system_prompt: System = DEFAULT.system_prompt,
+    answer_span: Span = None,
+    answer_marker: Marker = None,
+    system_prompt: System = None,
     split: Split = DEFAULT.train_split,
     prompt_column: Annotated[
         str, typer.Option(metavar="NAME", help="Also --completion-, --chosen-, --rejected-, --answer-column.")
@@ -227,12 +226,13 @@ def score_command(
     batch_size: BatchSize = DEFAULT.eval_batch_size,
     seed: int = DEFAULT.seed,
     device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
 ) -> None:
     """Score answers: one JSON line for each, which gem report shows.
 
     Rows hold "prompt" and "completion", or "chosen" and "rejected"; with --sample only "prompt".
     """
-    from gem.config.use import ScoreSettings
+    from gem.config.use import ScoreSettings, given
 
     if not 0 < top_m <= 1:
         raise UserError(f"--top-m: expected a share in (0, 1], got {top_m}")
@@ -240,10 +240,10 @@ def score_command(
     bad = "skip" if skip_bad else "error"
     settings = ScoreSettings(
         num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
-        temperature=temperature, fork_weight=fork_weight, top_m=top_m, answer_span=answer_span,
-        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
-        completion_column=completion_column, chosen_column=chosen_column, rejected_column=rejected_column,
-        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, seed=seed, device=device,
+        temperature=temperature, fork_weight=fork_weight, top_m=top_m, split=split, prompt_column=prompt_column,
+        **given(answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt),
+        completion_column=completion_column, chosen_column=chosen_column, rejected_column=rejected_column, seed=seed,
+        answer_column=answer_column, bad_rows=bad, overlong_rows=bad, batch_size=batch_size, device=device, dtype=dtype,
     )  # fmt: skip
     check_places(model, data, score=score)
     from gem.use.score import score_data
@@ -265,24 +265,24 @@ def generate_command(
     temperature: Annotated[
         float | None, typer.Option(metavar="T", min=0.0, help="Of the sampler; none: 0 for one candidate, else 1.")
     ] = None,
-    answer_span: Span = SPAN,
-    answer_marker: Marker = DEFAULT.answer_marker,
-    system_prompt: System = DEFAULT.system_prompt,
+    answer_span: Span = None,
+    answer_marker: Marker = None,
+    system_prompt: System = None,
     seed: int = DEFAULT.seed,
     device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
 ) -> None:
     """Answer one prompt, in the model's chat format; of several candidates the best one by its score, with --best.
 
     The answer goes to standard output, what is known of it to standard error.
     """
-    from gem.config.use import GenerateSettings
+    from gem.config.use import GenerateSettings, given
 
     check_out(out)
-    given = {} if temperature is None else {"temperature": temperature}
     settings = GenerateSettings(
         num_generations=sample, best=best, tokens=tokens, top=top, max_completion_length=max_completion_length,
-        answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt, seed=seed, device=device,
-        **given,
+        **given(temperature=temperature, answer_span=answer_span, answer_marker=answer_marker),
+        **given(system_prompt=system_prompt), seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     check_places(model, score=score)
     from gem.use.generate import generate, print_answers, read_prompt
@@ -302,15 +302,11 @@ def evaluate_command(
     beta: Annotated[float, typer.Option(help="Calibration of sigma(beta * difference).")] = DEFAULT.dpo_beta,
     generate: Annotated[int, typer.Option(metavar="N", min=0, help="Problems answered greedily.")] = 0,
     sample: Annotated[int, typer.Option(metavar="N", min=0, help="Prompts with scored candidates.")] = 0,
-    num_generations: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Candidates of each.")
-    ] = DEFAULT.num_generations,
-    max_completion_length: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens.")
-    ] = DEFAULT.max_completion_length,
-    answer_span: Span = SPAN,
-    answer_marker: Marker = DEFAULT.answer_marker,
-    system_prompt: System = DEFAULT.system_prompt,
+    num_generations: Annotated[int, typer.Option(metavar="N", min=1, help="Of each prompt.")] = DEFAULT.num_generations,
+    max_completion_length: Length = DEFAULT.max_completion_length,
+    answer_span: Span = None,
+    answer_marker: Marker = None,
+    system_prompt: System = None,
     split: Split = DEFAULT.eval_split,
     prompt_column: Column = DEFAULT.prompt_column,
     chosen_column: Other = DEFAULT.chosen_column,
@@ -320,13 +316,14 @@ def evaluate_command(
     batch_size: BatchSize = DEFAULT.eval_batch_size,
     seed: int = DEFAULT.seed,
     device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Preference accuracy on pairs and its calibration; answer accuracy and scores on request.
 
     The reward of an answer is its log-prob (sum), per token (mean), or less that under --reference (relative).
     """
-    from gem.config.use import EvaluateSettings
+    from gem.config.use import EvaluateSettings, given
 
     if reduction not in ("sum", "mean", "relative"):
         raise UserError(f"--reduction: expected sum, mean or relative, got {reduction!r}")
@@ -335,10 +332,10 @@ def evaluate_command(
     bad = "skip" if skip_bad else "error"
     settings = EvaluateSettings(
         preference_reduction=reduction, dpo_beta=beta, eval_generate=generate, eval_sample=sample,
-        num_generations=num_generations, max_completion_length=max_completion_length, answer_span=answer_span,
-        answer_marker=answer_marker, system_prompt=system_prompt, split=split, prompt_column=prompt_column,
-        chosen_column=chosen_column, rejected_column=rejected_column, answer_column=answer_column, bad_rows=bad,
-        overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
+        num_generations=num_generations, max_completion_length=max_completion_length, split=split, bad_rows=bad,
+        **given(answer_span=answer_span, answer_marker=answer_marker, system_prompt=system_prompt),
+        prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column, dtype=dtype,
+        answer_column=answer_column, overlong_rows=bad, eval_batch_size=batch_size, seed=seed, device=device,
     )  # fmt: skip
     check_places(model, *data)
     if reference is not None:
@@ -363,16 +360,17 @@ def chat_command(
     model: Model,
     max_completion_length: Length = DEFAULT.max_completion_length,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.0, help="0: the likeliest token.")] = 0.0,
-    system_prompt: System = "",
+    system_prompt: System = None,
     seed: int = DEFAULT.seed,
     device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
 ) -> None:
     """Talk with a model: a question a line, until the input ends or /quit; /new forgets what was said."""
-    from gem.config.use import GenerateSettings
+    from gem.config.use import GenerateSettings, given
 
     settings = GenerateSettings(
-        max_completion_length=max_completion_length, temperature=temperature, system_prompt=system_prompt, seed=seed,
-        device=device,
+        max_completion_length=max_completion_length, temperature=temperature, seed=seed, device=device, dtype=dtype,
+        **given(system_prompt=system_prompt),
     )  # fmt: skip
     check_places(model)
     from gem.use.chat import chat

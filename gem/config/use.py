@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -11,6 +11,16 @@ from typing_extensions import Self
 from gem.config.section import setting
 from gem.config.settings import SCORE_FEATURES, EvaluationSettings, RowSettings, Sampling, Scoring, Seed, TextSettings
 from gem.errors import UserError
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    setting("float32", "of the weights; auto: bfloat16 on CUDA where the model's own is, else float32"),
+]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None: flags that stand in the line."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class UseRows(RowSettings):
@@ -31,6 +41,7 @@ class UseSettings(Scoring, Sampling, TextSettings):
     top: int = setting(0, "likeliest alternatives of each token, beside tokens; 0: none", ge=0, le=100)
     batch_size: int = setting(8, "prompts per batch", ge=1)
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
     seed: Seed
 
     @model_validator(mode="after")
@@ -76,6 +87,7 @@ class EvaluateSettings(EvaluationSettings, Scoring, Sampling, TextSettings, UseR
     )
     split: str = setting("test", "of a dataset; a file has none")
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
 
 
 class CalibrateSettings(Scoring, Sampling, TextSettings, UseRows):
@@ -90,4 +102,5 @@ class CalibrateSettings(Scoring, Sampling, TextSettings, UseRows):
     split: str = setting("train", "of a dataset; a file has none")
     batch_size: int = setting(8, "prompts per batch", ge=1)
     device: str = setting("auto", "auto, cpu, cuda, ...")
+    dtype: Dtype
     seed: Seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gem.config.settings import TrainConfig
 from gem.data.batches import TokenizedPair
 
 
@@ -23,6 +24,17 @@ def row_warnings(name: str, pairs: Sequence[TokenizedPair], *, answers_matter: b
             "another column is named by --answer-column (answer_column in a file and in Python)"
         )
     return found
+
+
+def marker_notes(config: TrainConfig, pairs: Sequence[TokenizedPair]) -> list[str]:
+    """How many chosen answers SFT learns with a line more than they were given (`gem.data.pairs.sft_target`)."""
+    changed = sum(pair.sft_ids != pair.chosen_ids for pair in pairs)
+    if not changed or not config.sft_epochs or not config.chain_of_thought:
+        return []
+    return [
+        f"{config.train_file}: {changed} of {len(pairs)} chosen answers have no {config.answer_marker!r}; it is added "
+        "to them for SFT; answer_span: last_sentence leaves it off"
+    ]
 
 
 def overlap_warnings(

@@ -11,7 +11,7 @@ from typing import Any
 from gem.config.settings import RowSettings, TrainConfig
 from gem.data.answers import explicit_answer
 from gem.data.batches import TokenizedPair
-from gem.data.pair_warnings import overlap_warnings, row_warnings
+from gem.data.pair_warnings import marker_notes, overlap_warnings, row_warnings
 from gem.data.prompts import ROLES, Conversation, Prompt, PromptError, TextFormat
 from gem.data.sources import Row, RowProblem, RowReport, Source, answer_problem, read_rows, report, text_problem
 from gem.errors import UserError
@@ -66,7 +66,7 @@ def load_run_pairs(
     """(train, held out, reports and warnings): the two sources, or one of which a share of the prompts is held out."""
     room = config.max_completion_length
     train, made = load_pairs(config.train_file, form, context, config, config.train_split, room=room)
-    words = row_warnings(config.train_file, train)
+    words = [*row_warnings(config.train_file, train), *marker_notes(config, train)]
     if config.eval_file is None:
         return *split_pairs(train, config.eval_fraction, config.seed), [made, *words]
     held_out, other = load_pairs(config.eval_file, form, context, config, config.eval_split, room=room)

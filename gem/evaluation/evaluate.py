@@ -105,6 +105,7 @@ class Evaluation:
     sampled_rates: Tensor | None = None  # [P] float64: share of right candidates of each problem of `sampled`
     score: Estimate | None = None  # held-out pair accuracy of the score that is trained on
     score_wins: Tensor | None = None  # [N] float64: 1 where that score prefers the chosen answer, a tie one half
+    score_is_fitted: bool = False  # the candidates' score is one of weights, not the paper's S
 
 
 def evaluate(
@@ -163,6 +164,7 @@ def evaluate(
         logprobs=logprobs,
         seconds=time.monotonic() - start,
         sampled_rates=rates,
+        score_is_fitted=how.linear is not None,
     )
 
 

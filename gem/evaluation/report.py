@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gem.evaluation.evaluate import AnswerAccuracy, Evaluation, PreferenceAccuracy
 from gem.statistics import Estimate
+
+WIDTH = len("[0.000, 0.000]") + 1  # of a column's heading, in as many lines as it takes
+MEANS = {
+    "mean score S": "score",
+    "H_final (nats)": "h_final",
+    "H_fork (nats)": "h_fork",
+    "pairs decided": "pairs_decided",
+    "answer span found": "answer_span_found",
+    "tokens per completion": "mean_length",
+}
 
 
 def evaluation_metrics(result: Evaluation) -> dict[str, Any]:
@@ -38,42 +52,59 @@ def _estimates(values: dict[str, Estimate | None]) -> dict[str, float]:
 
 
 def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
-    """Accuracies, calibration and the score's worth with 95 % intervals, and the candidates' means, by stage."""
+    """Accuracies, calibration and the score's worth with 95 % intervals, and the candidates' means, by stage.
+
+    Of three stages it fits 80 columns. Where the score is fitted in the run, "mean score S" has the fitted one alone:
+    the one before it has another scale.
+    """
     stages = list(evaluations.values())
-    table = Table(title="Held out (how many)", title_justify="left")
-    table.add_column("", no_wrap=True)
+    fitted = {e.score_is_fitted for e in stages if e.candidates}
+    note = "; before one is calibrated the score is the published one" if len(fitted) > 1 else ""
+    table = Table(
+        title=f"Held out (how many), [95 % interval]{note}", title_justify="left", box=SIMPLE_HEAD, show_edge=False,
+        pad_edge=False,
+    )  # fmt: skip
+    table.add_column("", overflow="fold")
     for stage in evaluations:
         name = stage if stage in ("start", "value") else f"after {stage}"
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("\n".join(textwrap.wrap(name, WIDTH)), justify="right", overflow="fold")
 
-    def with_interval(name: str, values: list[tuple[float, float, float] | None]) -> None:
-        table.add_row(name, *["-" if v is None else f"{v[0]:.3f}" for v in values])
-        table.add_row("  95 % interval", *["-" if v is None else f"[{v[1]:.3f}, {v[2]:.3f}]" for v in values])
+    def add(name: str, of: Callable[[Evaluation], Estimate | None], *, interval: bool = True) -> None:
+        """A row of what was measured, with how many it is of; none where no stage has it."""
+        values = [of(evaluation) for evaluation in stages]
+        if not (number := next((value.count for value in values if value), 0)):
+            return
+        table.add_row(f"{name} ({number})" if interval else name, *[_number(v and v.value) for v in values])
+        if interval:
+            table.add_row("", *["-" if v is None else f"[{_number(v.low)}, {_number(v.high)}]" for v in values])
 
-    def share(result: PreferenceAccuracy | AnswerAccuracy | None) -> tuple[float, float, float] | None:
-        return None if result is None else (result.accuracy, result.low, result.high)
-
-    def estimate(value: Estimate | None) -> tuple[float, float, float] | None:
-        return None if value is None else (value.value, value.low, value.high)
-
-    with_interval(f"preference accuracy ({stages[0].preference.num_pairs})", [share(e.preference) for e in stages])
+    add("preference accuracy", lambda e: _preference(e.preference))
     for kind, words in (("mean", "  per token"), ("relative", "  relative to the start")):
-        values = [e.preferences.get(kind) for e in stages]
-        if any(values) and not all(value == e.preference for value, e in zip(values, stages)):
-            table.add_row(words, *["-" if v is None else f"{v.accuracy:.3f}" for v in values])
-    with_interval("calibration error", [estimate(e.calibration.error) for e in stages])
-    if any(e.answers for e in stages):
-        number = next(e.answers.num_problems for e in stages if e.answers)
-        with_interval(f"answer accuracy ({number})", [share(e.answers) for e in stages])
-    if any(e.sampled for e in stages):
-        number = next(e.sampled.majority.count for e in stages if e.sampled)
-        with_interval(f"  majority vote ({number})", [estimate(e.sampled and e.sampled.majority) for e in stages])
-        with_interval("AUROC of the score", [estimate(e.sampled and e.sampled.auroc) for e in stages])
-    for name, key in (
-        ("mean score S", "score"), ("H_final (nats)", "h_final"), ("H_fork (nats)", "h_fork"),
-        ("pairs decided", "pairs_decided"), ("answer span found", "answer_span_found"),
-        ("tokens per completion", "mean_length"),
-    ):  # fmt: skip
-        values = [getattr(e.candidates, key) if e.candidates else None for e in stages]
-        table.add_row(name, *["-" if value is None else f"{value:.3f}" for value in values])
+        if any(e.preferences.get(kind) not in (None, e.preference) for e in stages):
+            add(words, lambda e, kind=kind: _preference(e.preferences.get(kind)), interval=False)
+    add("score prefers chosen", lambda e: e.score)
+    add("calibration error", lambda e: e.calibration.error)
+    add("right, greedy", lambda e: _greedy(e.answers))
+    add("right, one sample", lambda e: e.sampled and e.sampled.accuracy)
+    add("right, best by score", lambda e: e.sampled and e.sampled.best_score)
+    add("right, majority", lambda e: e.sampled and e.sampled.majority)
+    add("AUROC within a prompt", lambda e: e.sampled and e.sampled.auroc_within)
+    add("AUROC over all", lambda e: e.sampled and e.sampled.auroc)
+    for words, key in MEANS.items():
+        shown = [e.candidates and (key != "score" or len(fitted) < 2 or e.score_is_fitted) for e in stages]
+        values = [getattr(e.candidates, key) if there else None for e, there in zip(stages, shown)]
+        if any(value is not None for value in values):
+            table.add_row(words, *map(_number, values))
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _preference(result: PreferenceAccuracy | None) -> Estimate | None:
+    return result and Estimate(result.accuracy, result.low, result.high, result.num_pairs)
+
+
+def _greedy(result: AnswerAccuracy | None) -> Estimate | None:
+    return result and Estimate(result.accuracy, result.low, result.high, result.num_problems)

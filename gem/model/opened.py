@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -31,14 +32,15 @@ class OpenedModel:
     context: int | None  # positions
     model: nn.Module | ModelSource
 
-    def policy(self, device: str = "auto") -> tuple[Policy, TextFormat]:
-        """(the policy, in fp32 where it is loaded by name; its text format with all end tokens).
+    def policy(self, device: str = "auto", dtype: str = "float32") -> tuple[Policy, TextFormat]:
+        """(the policy; its text format with all end tokens). dtype: float32, bfloat16, or auto (`own_dtype`).
 
         A model given as an object stays where it is, in its dtype.
         """
         model = self.model
         if isinstance(model, ModelSource):
-            model = load.load_model(model, load.load_model_config(model), "float32", device)
+            config, device = load.load_model_config(model), load.find_device(device)
+            model = load.load_model(model, config, own_dtype(config, device) if dtype == "auto" else dtype, device)
         ends = load.end_token_ids(inner_model(model), self.form.tokenizer, self.form.end_of_turn)
         return Policy(model), dataclasses.replace(self.form, end_tokens=ends)
 
@@ -60,6 +62,12 @@ def open_model(model: ModelLike, text: TextSettings) -> OpenedModel:
     name = str(getattr(config, "_name_or_path", "") or type(network).__name__)
     check_vocabulary(tokenizer, config, name)
     return OpenedModel(name, text_format(tokenizer, text), load.context_length(config), network)
+
+
+def own_dtype(config: PreTrainedConfig, device: str) -> str:
+    """bfloat16 on CUDA where the model's config.json says so, else float32."""
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return "bfloat16" if device.startswith("cuda") and own in (torch.bfloat16, "bfloat16") else "float32"
 
 
 def open_text(source: ModelSource, text: TextSettings) -> tuple[TextFormat, PreTrainedConfig]:

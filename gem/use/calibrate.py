@@ -10,12 +10,14 @@ from gem.config.settings import Sampling
 from gem.config.use import CalibrateSettings
 from gem.data.sources import Source
 from gem.model.opened import ModelLike, open_model
+from gem.use.run_text import as_in_run
 
 
 def calibrate_data(
     model: ModelLike, pairs: Source, settings: CalibrateSettings, held_out: Source | None, console: Console
 ) -> Score:
     """The score and what is known of its worth. `held_out`: other prompts whose samples it is tested on."""
+    settings = as_in_run(model, settings, console)
     opened = open_model(model, settings)
     console.print(f"Loading {opened.name}", highlight=False, markup=False)
     sampling = {name: getattr(settings, name) for name in Sampling.model_fields}
@@ -33,4 +35,6 @@ def calibrate_data(
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    return calibrate_file(request, opened.form, opened.context, lambda: opened.policy(settings.device), console)
+    return calibrate_file(
+        request, opened.form, opened.context, lambda: opened.policy(settings.device, settings.dtype), console
+    )

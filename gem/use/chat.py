@@ -12,6 +12,7 @@ from gem.errors import UserError
 from gem.model.opened import OpenedModel, open_model
 from gem.rollout.sample import roll_out
 from gem.terminal.text import visible
+from gem.use.run_text import as_in_run
 
 
 def chat(model: str, settings: GenerateSettings, console: Console) -> None:
@@ -19,9 +20,10 @@ def chat(model: str, settings: GenerateSettings, console: Console) -> None:
 
     The oldest turns are forgotten where the conversation would no longer fit the model's context.
     """
+    settings = as_in_run(model, settings, console, system_prompt="")
     opened = open_model(model, settings)
     console.print(f"Loading {opened.name}", highlight=False)
-    policy, form = opened.policy(settings.device)
+    policy, form = opened.policy(settings.device, settings.dtype)
     console.print("/new begins again, /quit ends", highlight=False)
     said: list[tuple[str, str]] = []
     turn = 0

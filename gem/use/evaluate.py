@@ -17,6 +17,7 @@ from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.model.forward import pair_logprobs
 from gem.model.opened import ModelLike, open_model
 from gem.terminal.console import print_warning
+from gem.use.run_text import as_in_run
 
 
 def evaluate_data(
@@ -37,6 +38,7 @@ def evaluate_sources(
     """`evaluate_data` of each source, by its name; all are read before the model is loaded, once."""
     if settings.preference_reduction == "relative" and reference is None:
         raise UserError("--reduction relative: name the model to compare with by --reference")
+    settings = as_in_run(model, settings, console)
     opened = open_model(model, settings)
     console.print(f"Loading {opened.name}", highlight=False, markup=False)
     room = settings.max_completion_length if settings.eval_generate or settings.eval_sample else 0
@@ -55,10 +57,10 @@ def evaluate_sources(
             raise UserError(
                 f"--reference: {other.name} has another vocabulary than MODEL; name the model it was made from"
             )
-        policy, form = other.policy(settings.device)
+        policy, form = other.policy(settings.device, settings.dtype)
         for name, rows in found.items():
             starts[name] = pair_logprobs(policy, rows, pad_id=form.pad_id, batch_size=settings.eval_batch_size)
-    policy, form = opened.policy(settings.device)
+    policy, form = opened.policy(settings.device, settings.dtype)
     return {
         name: evaluate(
             policy,

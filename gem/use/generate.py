@@ -18,6 +18,7 @@ from gem.model.opened import ModelLike, open_model
 from gem.progress import Bar
 from gem.terminal.console import print_warning
 from gem.terminal.text import visible
+from gem.use.run_text import as_in_run
 from gem.use.score import ScoreRow, overlong, score_rows
 from gem.use.scorer import make_scorer
 
@@ -30,13 +31,14 @@ def generate(
     console: Console,
 ) -> list[dict[str, Any]]:
     """A row for each candidate as `gem score` has them, the highest score first; with `best` that one alone."""
+    settings = as_in_run(model, settings, console)
     opened = open_model(model, settings)
     scorer = make_scorer(score, settings, opened.name, lambda words: print_warning(console, words))
     row = ScoreRow("prompt", prompt, (), None)
     if problem := overlong(row, opened.form, opened.context, settings.max_completion_length):
         raise UserError(f"prompt: {problem}, or lower max_completion_length")
     console.print(f"Loading {opened.name}", highlight=False, markup=False)
-    policy, form = opened.policy(settings.device)
+    policy, form = opened.policy(settings.device, settings.dtype)
     rows = list(score_rows(policy, form, [row], scorer, settings, Bar(Console(quiet=True), "", 1, None)))
     return sorted(rows, key=lambda row: -float("inf") if row["score"] is None else row["score"], reverse=True)
 

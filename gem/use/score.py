@@ -29,6 +29,7 @@ from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.records import feature_rows, finite, token_rows
 from gem.scoring.score import ScoredRollout, score_rollout
 from gem.terminal.console import print_warning
+from gem.use.run_text import as_in_run
 from gem.use.scorer import Scorer, make_scorer
 
 
@@ -77,13 +78,14 @@ def score_data(
     model: ModelLike, data: Source, settings: ScoreSettings, score: Score | str | Path | None, console: Console
 ) -> Iterator[dict[str, Any]]:
     """All of `gem score`. Mistakes are raised before the weights are loaded, at the first row that is asked for."""
+    settings = as_in_run(model, settings, console)
     opened = open_model(model, settings)
     scorer = make_scorer(score, settings, opened.name, lambda words: print_warning(console, words))
     console.print(f"Loading {opened.name}", highlight=False, markup=False)
     rows, made = load_score_rows(data, opened.form, opened.context, settings)
     if str(made):
         print_warning(console, str(made))
-    policy, form = opened.policy(settings.device)
+    policy, form = opened.policy(settings.device, settings.dtype)
     with progress(console, "Scoring", len(rows)) as bar:
         yield from score_rows(policy, form, rows, scorer, settings, bar)
 

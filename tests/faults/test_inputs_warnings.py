@@ -11,7 +11,10 @@ from gem.data.pairs import load_run_pairs
 from tests.faults.calls import call
 from tests.helpers import FORM, save_tiny
 
-PAIRS = [{"prompt": f"{i} + 2?", "chosen": str(i + 2), "rejected": str(i), "answer": str(i + 2)} for i in range(4)]
+PAIRS = [
+    {"prompt": f"{i} + 2?", "chosen": f"Final Answer: {i + 2}", "rejected": f"Final Answer: {i}", "answer": str(i + 2)}
+    for i in range(4)
+]
 
 
 def said(tmp_path, train, held_out=None):
@@ -52,6 +55,11 @@ def test_no_known_answer_anywhere(tmp_path):
         and "named by --answer-column (answer_column" in line
     )
     assert said(tmp_path, [*without[:3], PAIRS[3]]) == []
+
+
+def test_answers_that_sft_adds_a_line_to(tmp_path):
+    (line,) = said(tmp_path, [{**PAIRS[0], "chosen": "2"}, *PAIRS[1:]])
+    assert "train_file.jsonl: 1 of 4 chosen answers have no 'Final Answer:'" in line and "\n" not in line
 
 
 @pytest.fixture(scope="module")

@@ -318,6 +318,30 @@ def test_a_run_reads_its_sources_as_configured(tmp_path):
     assert text_format(tiny_tokenizer(), config).system_prompt == config.system_prompt
 
 
+def test_a_run_says_once_what_sft_adds_to_the_answers(tmp_path):
+    """A poem has no final answer; a maths answer that has one stays as it is."""
+    poem = {"prompt": "A poem on rain.", "chosen": "Rain falls.\nI sleep.", "rejected": "Sun."}
+    done = {"prompt": "2 + 2?", "chosen": "Final Answer: 4", "rejected": "Final Answer: 5", "answer": "4"}
+    rows = ({**row, "prompt": row["prompt"] * i} for row in (poem, done) for i in (1, 2))
+    path = write(tmp_path / "p.jsonl", *rows)
+
+    def said(**more):
+        config = build_config({"model": "m", "train_file": str(path), "output_dir": "o", **more})
+        form = text_format(tiny_tokenizer(), config)
+        train, held_out, words = load_run_pairs(config, form, None)
+        return [text(pair.sft_ids) for pair in (*train, *held_out)], [w for w in map(str, words) if "added" in w]
+
+    taught, (words,) = said()
+    assert words == (
+        f"{path}: 2 of 4 chosen answers have no 'Final Answer:'; it is added to them for SFT; "
+        "answer_span: last_sentence leaves it off"
+    )
+    assert sum("Rain falls.\nFinal Answer: I sleep." in t for t in taught) == 2
+    taught, words = said(answer_span="last_sentence", system_prompt="")
+    assert not words and sum("Final Answer" in t for t in taught) == 2
+    assert not said(sft_epochs=0)[1] and not said(chain_of_thought=False)[1]
+
+
 def test_prompts_follow_the_chat_template_and_answers_close_the_turn():
     tokenizer = tiny_tokenizer()
     form = text_format(tokenizer, TextSettings(system_prompt="Think."))
