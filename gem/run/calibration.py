@@ -46,6 +46,7 @@ from gem.run.session import RunState, Session
 from gem.run.stages import Stage
 from gem.scoring.score import ScoredRollout, paper_score
 from gem.statistics import Estimate
+from gem.terminal.console import print_warning
 from gem_kernels import LinearScore
 
 
@@ -133,16 +134,12 @@ def gate_is_open(stage: Stage, state: RunState, row: dict[str, Any] | None) -> b
         return True
     why = "explained by length" if row["verdict"] == "explained_by_length" else "not shown to be informative"
     if gate == "warn":
-        session.console.print(
-            f"Warning: the score is {why} on the given pairs; training on it may harm. gate: stop would end here, "
-            "gate: off is silent",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        print_warning(
+            session.console,
+            f"Warning: the score is {why}; training on it may harm. gate: stop would end here, gate: off is silent",
+        )
         return True
-    session.console.print(
-        f"gate: {done}, because its score is {why} on the given pairs; the model so far is saved",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    print_warning(session.console, f"gate: {done}, because its score is {why}; the model so far is saved")
     return False
 
 

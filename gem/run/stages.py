@@ -25,6 +25,7 @@ from gem.rollout.sample import roll_out
 from gem.run.metrics import fork_repetition, rollout_metrics
 from gem.run.session import Session
 from gem.scoring.score import ScoredRollout, score_rollout
+from gem.terminal.console import print_warning
 from gem.update.deepspeed_optimizer import DeepSpeedTrainer
 from gem.update.dpo import dpo_step, filtered_pairs
 from gem.update.optimizer import StepResult, Trainer
@@ -278,10 +279,11 @@ class RejectionSampling(Stage):
         self._learn([winner.pair for winner in winners])
         self.first_row = {**rejection_metrics(self.scored, winners), **rollout_metrics(self.scored)}
         if not winners:
-            words = "no candidate ended with an answer, so there is nothing to learn"
+            words = "no candidate ended with an answer"
             if bool(self.scored.rollout.truncated.all()):
-                words += f": every one was cut off at max_completion_length ({config.max_completion_length} tokens)"
-            self.session.console.print(f"{self.name}: {words}", highlight=False)
+                words += f" (every one was cut off at max_completion_length: {config.max_completion_length} tokens)"
+            words += ", so there is nothing to learn; raise max_completion_length, or sft_epochs"
+            print_warning(self.session.console, f"{self.name}: {words}")
 
     def _learn(self, winners: list[TokenizedPair]) -> None:
         self.winners = winners
