@@ -183,8 +183,8 @@ def calibrate_command(
     check_places(model, pairs, eval_file)
     from gem.calibration.features import feature_columns
     from gem.calibration.score_file import write_score
-    from gem.calibration.table import score_report
     from gem.report.page import write_report
+    from gem.report.score_table import score_report
     from gem.use.calibrate import calibrate_data
 
     feature_columns(names)

@@ -10,7 +10,7 @@ from gem.config.settings import Sampling
 from gem.config.use import CalibrateSettings
 from gem.data.sources import Source
 from gem.model.opened import ModelLike, open_model
-from gem.use.run_text import as_in_run
+from gem.model.run_text import as_in_run
 
 
 def calibrate_data(

@@ -10,9 +10,9 @@ from gem.config.use import GenerateSettings
 from gem.data.prompts import PromptError
 from gem.errors import UserError
 from gem.model.opened import OpenedModel, open_model
+from gem.model.run_text import as_in_run
 from gem.rollout.sample import roll_out
 from gem.terminal.text import visible
-from gem.use.run_text import as_in_run
 
 
 def chat(model: str, settings: GenerateSettings, console: Console) -> None:

@@ -16,8 +16,8 @@ from gem.errors import UserError
 from gem.evaluation.evaluate import CandidateSettings, Evaluation, evaluate
 from gem.model.forward import pair_logprobs
 from gem.model.opened import ModelLike, open_model
+from gem.model.run_text import as_in_run
 from gem.terminal.console import print_warning
-from gem.use.run_text import as_in_run
 
 
 def evaluate_data(

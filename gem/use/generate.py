@@ -15,10 +15,10 @@ from gem.config.use import GenerateSettings
 from gem.data.prompts import Prompt
 from gem.errors import UserError
 from gem.model.opened import ModelLike, open_model
+from gem.model.run_text import as_in_run
 from gem.progress import Bar
 from gem.terminal.console import print_warning
 from gem.terminal.text import visible
-from gem.use.run_text import as_in_run
 from gem.use.score import ScoreRow, overlong, score_rows
 from gem.use.scorer import make_scorer
 

@@ -24,12 +24,12 @@ from gem.data.sources import Row, RowProblem, RowReport, Source, read_rows, repo
 from gem.errors import UserError
 from gem.model.forward import Policy, top_tokens
 from gem.model.opened import ModelLike, open_model
+from gem.model.run_text import as_in_run
 from gem.progress import Bar, progress
 from gem.rollout.sample import given_completions, roll_out
 from gem.scoring.records import feature_rows, finite, token_rows
 from gem.scoring.score import ScoredRollout, score_rollout
 from gem.terminal.console import print_warning
-from gem.use.run_text import as_in_run
 from gem.use.scorer import Scorer, make_scorer
 
 

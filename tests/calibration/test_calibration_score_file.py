@@ -13,8 +13,8 @@ from gem.calibration.fit import calibrate
 from gem.calibration.probability import fit_platt
 from gem.calibration.samples import evaluate_samples
 from gem.calibration.score_file import Score, hash_pairs, read_score, write_score
-from gem.calibration.table import score_report
 from gem.errors import UserError
+from gem.report.score_table import score_report
 from gem.statistics import Estimate
 
 KEYS = [

@@ -14,7 +14,7 @@ from gem.config.use import GenerateSettings, ScoreSettings
 from gem.demo.arithmetic import arithmetic_pairs
 from gem.files import write_jsonl
 from gem.model.opened import own_dtype
-from gem.use.run_text import as_in_run
+from gem.model.run_text import as_in_run
 from tests.gem.test_cli import call
 from tests.helpers import save_tiny, tiny_model
 
