@@ -23,8 +23,9 @@ from rich.console import Console
 
 from bench.evidence import tables
 from bench.evidence.curves import draw_curves
-from bench.evidence.data import ARITHMETIC, as_row, file_pairs, task_rows, write_task
+from bench.evidence.data import ARITHMETIC, HELD_OUT_SEED, as_row, file_pairs, task_rows, write_task
 from bench.evidence.objectives import OBJECTIVES, Objective
+from bench.evidence.presets import PRESET_ROWS, run_preset
 from bench.evidence.scores import base_scores, measure, sft_scores
 from bench.evidence.start import (
     GIVEN_STEP,
@@ -44,15 +45,16 @@ from gem.model.starting_policy import StartingPolicy
 
 SIZES = {
     "given_pairs": 48, "pool_prompts": 48, "num_generations": 8, "problems": 128, "samples": 4, "score_samples": 8,
-    "preference_pairs": 32, "base_pairs": 364, "max_completion_length": 72,
+    "preference_pairs": 32, "base_pairs": 364, "max_completion_length": 72, "held_out_seed": HELD_OUT_SEED,
 }  # fmt: skip
 QUICK = {
     "given_pairs": 6, "pool_prompts": 3, "num_generations": 3, "problems": 3, "samples": 2, "score_samples": 3,
-    "preference_pairs": 2, "base_pairs": 4, "max_completion_length": 6,
+    "preference_pairs": 2, "base_pairs": 4, "max_completion_length": 6, "held_out_seed": HELD_OUT_SEED,
 }  # fmt: skip
 CURVES = "curves.svg"
-SCORES, BASE, SFT = "scores", "base_scores", "sft"
-ALL_ROWS = (BASE, SCORES, SFT, *(key for objective in OBJECTIVES for key in objective.keys))
+SCORES, BASE, SFT, CAME = "scores", "base_scores", "sft", "came"
+PRESET_KEYS = tuple(row.key for row in PRESET_ROWS)
+ALL_ROWS = (BASE, SCORES, SFT, *(key for objective in OBJECTIVES for key in objective.keys), CAME, *PRESET_KEYS)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def run(plan: Plan, num_seeds: int) -> None:
     )
     if BASE in plan.rows and not (plan.out / f"{BASE}.json").is_file():
         run_base(plan)
+    if CAME in plan.rows and not (plan.out / f"{CAME}.json").is_file():
+        run_came(plan)
     for seed in range(num_seeds):
         run_seed(plan, seed)
 
@@ -131,6 +135,15 @@ def run_base(plan: Plan) -> None:
     write_result(plan, plan.out / f"{BASE}.json", base_scores(start, pairs), start_time)
 
 
+def run_came(plan: Plan) -> None:
+    """The model as it came, on the held-out problems, which are the same for every seed."""
+    start_time = time.monotonic()
+    folder = plan.out / "base"
+    files = write_task(folder, plan.task, 0, plan.sizes)
+    start = open_start(plan.model, files, make_config(folder, "none", plan.model, files, 0, **common_settings(plan)))
+    write_result(plan, plan.out / f"{CAME}.json", measure(start, plan.sizes), start_time)
+
+
 def run_seed(plan: Plan, seed: int) -> None:
     folder = plan.out / f"seed-{seed}"
     files = write_task(folder, plan.task, seed, plan.sizes)
@@ -143,6 +156,11 @@ def run_seed(plan: Plan, seed: int) -> None:
     for objective in OBJECTIVES:
         if wanted := missing(plan, folder, objective.keys):
             run_objective(plan, folder, files, seed, objective, wanted)
+    for preset in PRESET_ROWS:
+        if missing(plan, folder, (preset.key,)):
+            start_time = time.monotonic()
+            result = run_preset(folder, preset, plan.model, files, seed, common_settings(plan), plan.sizes)
+            write_result(plan, folder / f"{preset.key}.json", result, start_time)
     for name in ("sft", "sft-no_chain"):
         shutil.rmtree(folder / name / "model", ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The learning curves of all rows as one SVG: held-out answers while a row is trained, and its distance from SFT."""
+"""The learning curves of all rows as one SVG: held-out answers while a row is trained, and of SEGA how far it moved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.plots import MARKERS, OTHERS, OURS, save, use_svg
 PANELS = {
     "held_out_logprob": "log-prob of held-out\nchosen answers, nats",
     "held_out_margin": "chosen − rejected,\nnats",
-    "kl": "KL from the SFT model,\nnats a token",
+    "clip_ratio/region_mean": "tokens whose ratio\nis clipped, share",
 }
 
 
@@ -44,7 +44,6 @@ def draw_curves(out: Path, num_seeds: int, path: Path) -> bool:
         axes.set_ylabel(label)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
     grid[-1].set_xlabel("optimizer steps")
-    grid[-1].set_yscale("symlog", linthresh=1e-2)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     save(figure, path)
     return True

@@ -1,4 +1,5 @@
-"""The problems of a task: given pairs, prompts for the model's own candidates, held-out problems; all disjoint."""
+"""The problems of a task: given pairs, prompts for the model's own candidates, pairs that a run holds out by itself,
+and held-out problems for the tables; all disjoint."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from gem.errors import UserError
 from gem.files import write_jsonl
 
 ARITHMETIC = "arithmetic"
-# A fixed seed far from those of the runs: the held-out problems are the same for all.
+# `held_out_seed` of the sizes, far from those of the runs: the held-out problems are the same for all of them.
 HELD_OUT_SEED = 1_000_003
 Rows = list[dict[str, Any]]
 
@@ -33,36 +34,45 @@ class TaskData:
 
 
 def task_rows(task: str, seed: int, sizes: dict[str, int], marker: str = "Final Answer:") -> dict[str, Rows]:
-    """Rows of "given", "pool" and "held_out". The held-out ones are the same for every seed.
+    """Rows of "given", "pool", "validation" and "held_out". The held-out ones are the same for every seed.
 
     Of a file at most a third of the prompts is held out, and pairs of one prompt stay together. A row without a known
     answer takes the one that its chosen answer marks.
     """
     wanted = sizes["given_pairs"] + sizes["pool_prompts"]
+    more = sizes["preference_pairs"]  # that a run of `gem train` holds out by itself
     if task == ARITHMETIC:
-        held_out = arithmetic_pairs(sizes["problems"], HELD_OUT_SEED)
+        held_out = arithmetic_pairs(sizes["problems"], sizes["held_out_seed"])
         taken = {row["prompt"] for row in held_out}
-        rest = [row for row in arithmetic_pairs(wanted + len(held_out), seed) if row["prompt"] not in taken][:wanted]
-        return {"given": rest[: sizes["given_pairs"]], "pool": rest[sizes["given_pairs"] :], "held_out": held_out}
+        others = arithmetic_pairs(wanted + more + len(held_out), seed)
+        rest = [row for row in others if row["prompt"] not in taken][: wanted + more]
+        return {
+            "given": rest[: sizes["given_pairs"]],
+            "pool": rest[sizes["given_pairs"] : wanted],
+            "validation": rest[wanted:],
+            "held_out": held_out,
+        }
     groups: dict[Any, list[PreferencePair]] = {}
     for pair in file_pairs(task):
         groups.setdefault(pair.prompt, []).append(pair)
     prompts = list(groups)
-    random.Random(HELD_OUT_SEED).shuffle(prompts)
+    random.Random(sizes["held_out_seed"]).shuffle(prompts)
     num_held_out = min(sizes["problems"], len(prompts) // 3)
     held, rest = prompts[:num_held_out], prompts[num_held_out:]
     random.Random(seed).shuffle(rest)
     given: list[PreferencePair] = []
     while rest and len(given) < sizes["given_pairs"]:
         given += groups[rest.pop(0)]
-    if not held or not rest:
+    pool, validation = rest[: sizes["pool_prompts"]], rest[sizes["pool_prompts"] :][:more]
+    if not held or not pool:
         raise UserError(
             f"{task}: {len(prompts)} prompts are too few for {sizes['given_pairs']} given pairs and others to test on; "
             "ask for fewer with --given-pairs"
         )
     return {
         "given": [as_row(pair, marker) for pair in given],
-        "pool": [as_row(groups[prompt][0], marker) for prompt in rest[: sizes["pool_prompts"]]],
+        "pool": [as_row(groups[prompt][0], marker) for prompt in pool],
+        "validation": [as_row(groups[prompt][0], marker) for prompt in validation],
         "held_out": [as_row(groups[prompt][0], marker) for prompt in held],
     }
 

@@ -58,13 +58,14 @@ def sega_calibrated(start: Start, pool: Pool) -> dict[str, Any]:
 def sega(start: Start, pool: Pool, linear: LinearScore | None) -> dict[str, Any]:
     """One pass over the pool, `prompts_per_step` prompts with all their candidates a step; linear None: the paper's S.
 
-    The ratio of the clipped loss and the KL term are against the SFT model, which sampled the pool.
+    The ratio of the clipped loss is against the SFT model, which sampled the pool. There is no KL term: of candidates
+    that are not the policy's own k3 is no estimate of its KL, and one token that became improbable can rule a step.
     """
     config, prompts = start.config, list(range(len(pool.pairs)))
 
     def step(trainer: Trainer, part: list[int]) -> StepResult:
         scored = pool.scored(start.form, config, linear, part)
-        return sega_step(trainer, scored, config, ref_logprobs=scored.logprobs)
+        return sega_step(trainer, scored, config)
 
     return run_steps(start, prompts, config.prompts_per_step, 1, step)
 
@@ -174,6 +175,7 @@ OBJECTIVES = (
     Objective("sega_no_final", "SEGA on S without the final term", sega_paper, {"final_weight": 0.0}),
     Objective("sega_no_fork", "SEGA on S without the fork term", sega_paper, {"fork_weight": 0.0}),
     Objective("sega_calibrated", "SEGA on the calibrated score", sega_calibrated),
+    Objective("sega_low", "SEGA on the calibrated score, 1e-5", sega_calibrated, {"learning_rate": 1e-5}),
     Objective("sega_no_chain", "SEGA on the paper's S, no chain of thought", sega_paper, {"chain_of_thought": False}),
     Objective("filtered_dpo", "DPO on best and worst candidate by the calibrated score", filtered_dpo),
     Objective(

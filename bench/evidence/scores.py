@@ -102,7 +102,10 @@ def sft_scores(start: Start, samples: Path, sizes: dict[str, int]) -> tuple[dict
         "weights": {name: dict(zip(fitted.features, fitted.weights.tolist())) for name, fitted in fits.items()},
         "scales": {name: dict(zip(fitted.features, fitted.scales.tolist())) for name, fitted in fits.items()},
     }
-    return table, {"right": found["right"], "won": preferences(start, sizes), "curve": []}
+    row = {"right": found["right"], "won": preferences(start, sizes), "curve": []}
+    if "valid" in found:  # all that ended are valid
+        row["truncated"] = 1 - float(np.mean(found["valid"]))
+    return table, row
 
 
 def held_out_samples(start: Start, path: Path, number: int) -> dict[str, Any]:

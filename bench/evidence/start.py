@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "rollout_batch_size": 16, "mask_truncated": True,
     "sft_epochs": 1, "sft_batch_size": 4, "sft_learning_rate": 1e-4, "max_steps": 0,
     "prompts_per_step": 8, "learning_rate": 3e-5, "micro_batch_size": 4,
-    "reward_scale": "group", "loss_type": "token", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.02,
+    "reward_scale": "group", "loss_type": "token", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0,
     "eval_batch_size": 8, "eval_generate": 0, "eval_sample": 0,
 }  # fmt: skip
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from bench.evidence.objectives import OBJECTIVES
+from bench.evidence.presets import ENDINGS, PRESET_ROWS
 from bench.evidence.scores import CALIBRATED_ON_PAIRS
 from gem.calibration.features import CALIBRATED
 from gem.errors import UserError
 from gem.statistics import auroc_within, bootstrap_interval, share_estimate
 
 Results = list[dict[str, Any]]
-TABLES = ("pairs", "scores", "objectives")
+TABLES = ("pairs", "scores", "objectives", "presets")
 SCORE_WORDS = {
     CALIBRATED: "**calibrated**",
     CALIBRATED_ON_PAIRS: "calibrated on the given pairs alone",
@@ -48,7 +49,17 @@ def all_tables(out: Path, num_seeds: int) -> dict[str, str]:
     results = {key: [row for seed in range(num_seeds) for row in read_rows(out, seed, key)] for key in keys}
     if any(rows and rows[0]["right"] for rows in results.values()):
         tables["objectives"] = objective_table({key: rows for key, rows in results.items() if rows}, keys)
+    presets = {
+        row.words: [found for seed in range(num_seeds) for found in read_rows(out, seed, row.key)]
+        for row in PRESET_ROWS
+    }
+    if any(rows and rows[0]["right"] for rows in presets.values()):
+        tables["presets"] = preset_table({words: rows for words, rows in presets.items() if rows}, came(out))
     return tables
+
+
+def came(out: Path) -> Results:
+    return read_rows(out, 0, "came", folder=out)
 
 
 def read_rows(out: Path, seed: int, key: str, folder: Path | None = None) -> Results:
@@ -76,14 +87,14 @@ def pair_table(base: Results, scores: Results) -> str:
 
 
 def pair_cell(results: Results, kind: str, name: str) -> str:
-    """Given pairs differ by seed; held-out pairs are the same, so a pair's seeds stay together."""
+    """A pair's seeds stay together: held-out pairs are the same for all; a given pair of a file may be in several."""
     if not all(name in result[kind] for result in results):
         return "-"
     wins = [(np.sign(np.array(result[kind][name])) + 1) / 2 for result in results]
     if kind == "held_out":
         groups: Sequence[Any] = list(range(len(wins[0]))) * len(wins)
     else:
-        groups = [(result["seed"], prompt) for result in results for prompt in result["given_prompts"]]
+        groups = [prompt for result in results for prompt in result["given_prompts"]]
     found = share_estimate(torch.from_numpy(np.concatenate(wins)), groups)
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
@@ -132,18 +143,41 @@ def best_of(scores: torch.Tensor, right: torch.Tensor, valid: torch.Tensor) -> t
 
 
 def objective_table(results: dict[str, Results], words: dict[str, str]) -> str:
-    """Changes are from SFT alone, of the same seeds and problem by problem: far narrower than two values' intervals."""
+    """Changes are from SFT alone, of the same seeds, problem by problem and draw by draw: far narrower than two values'
+    intervals. Of SFT's samples those count that have the random keys of the other rows' samples."""
+    number = min(len(row["right"][0]) for rows in results.values() for row in rows if row["right"])
+    results = {key: [first_samples(row, number) for row in rows] for key, rows in results.items()}
     first = next(iter(results.values()))[0]
     lines = [
-        f"| {max(map(len, results.values()))} seeds | sampled accuracy ({len(first['right'])} problems) | each seed | "
-        f"change from SFT | preference accuracy ({len(first['won'])} pairs) | change from SFT | trained on |",
-        "|---|---|---|---|---|---|---|",
+        f"| {max(map(len, results.values()))} seeds | sampled accuracy ({len(first['right'])} problems x {number}) | "
+        f"change from SFT | change of each seed | cut off | preference accuracy ({len(first['won'])} pairs) | "
+        "change from SFT | trained on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, rows in results.items():
-        seeds = ", ".join(f"{float(of_problems(row).mean()):.3f}" for row in rows)
         right, won = (value_and_change(results, key, kind) for kind in ("right", "won"))
-        lines.append(f"| {words[key]} | {right[0]} | {seeds} | {right[1]} | {won[0]} | {won[1]} | {learnt(rows)} |")
+        seeds = seed_changes(results, key)
+        cut = (
+            f"{sum(row['truncated'] for row in rows) / len(rows):.2f}"
+            if all("truncated" in row for row in rows)
+            else ""
+        )
+        lines.append(f"| {words[key]} | {' | '.join(right)} | {seeds} | {cut} | {' | '.join(won)} | {learnt(rows)} |")
     return "\n".join(lines) + "\n"
+
+
+def first_samples(row: dict[str, Any], number: int) -> dict[str, Any]:
+    return {**row, "right": [samples[:number] for samples in row["right"]]}
+
+
+def seed_changes(results: dict[str, Results], key: str) -> str:
+    """The seeds one by one, as the chance of training is among them: values of SFT, changes of the others."""
+    if not results[key][0]["right"]:
+        return "-"
+    means = {row["seed"]: float(of_problems(row).mean()) for row in results.get("sft", []) if row["right"]}
+    if key == "sft" or not all(row["seed"] in means for row in results[key]):
+        return ", ".join(f"{float(of_problems(row).mean()):.3f}" for row in results[key])
+    return ", ".join(f"{float(of_problems(row).mean()) - means[row['seed']]:+.3f}" for row in results[key])
 
 
 def learnt(rows: Results) -> str:
@@ -172,6 +206,27 @@ def value_and_change(results: dict[str, Results], key: str, kind: str) -> tuple[
         return with_interval(values, ""), "-"
     start = torch.stack([of_problems(starts[row["seed"]], kind) for row in rows]).mean(0)
     return with_interval(values, ""), with_interval(values - start, "+")
+
+
+def preset_table(results: dict[str, Results], came: Results) -> str:
+    """Whole runs of `gem train`: sampled accuracy after the SFT of each, at its end, and how it ended."""
+    number = len(next(iter(results.values()))[0]["right"])
+    lines = [
+        f"| {max(map(len, results.values()))} seeds | after SFT ({number} problems) | at the end | change | "
+        "each seed | how each seed ended |",
+        "|---|---|---|---|---|---|",
+    ]
+    if came:
+        lines.append(f"| the model as it came | | {with_interval(of_problems(came[0]), '')} | | | |")
+    for words, rows in results.items():
+        starts = torch.stack([of_problems(row["sft"]) for row in rows])
+        ends = torch.stack([of_problems(row) for row in rows])
+        seeds = ", ".join(f"{a:.3f} → {b:.3f}" for a, b in zip(starts.mean(1).tolist(), ends.mean(1).tolist()))
+        means = starts.mean(0), ends.mean(0)
+        cells = with_interval(means[0], ""), with_interval(means[1], ""), with_interval(means[1] - means[0], "+")
+        endings = "; ".join(ENDINGS[row["end"]["ending"]] for row in rows)
+        lines.append(f"| {words} | {' | '.join(cells)} | {seeds} | {endings} |")
+    return "\n".join(lines) + "\n"
 
 
 def with_interval(values: torch.Tensor, sign: str) -> str:

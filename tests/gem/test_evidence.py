@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from bench.evidence import __main__ as evidence
-from bench.evidence import curves, objectives, tables
+from bench.evidence import curves, objectives, presets, tables
 from bench.evidence.data import HELD_OUT_SEED, task_rows
 from bench.evidence.start import GIVEN_STEP, POOL_STEP, load_or_sample_pool, make_config, open_start
 from gem.config.settings import TrainConfig
 from gem.data.answers import extract_answer
 from gem.errors import UserError
 from gem.files import write_jsonl
+from gem.loop import TrainResult
 from gem.scoring.score import paper_score
 from tests.helpers import save_tiny
 
@@ -64,19 +66,20 @@ def folder(tmp_path_factory):
 
 def test_all_rows_and_then_none_again(folder, monkeypatch):
     found = results(folder)
-    assert sorted(found) == sorted(set(evidence.ALL_ROWS) - {"base_scores"})
+    assert sorted(found) == sorted(set(evidence.ALL_ROWS) - {"base_scores", "came"})
     for key, row in found.items():
         assert len(row["right"]) == 5, key
-        if key not in ("scores", "sft"):
+        if key not in ("scores", "sft", *evidence.PRESET_KEYS):
             assert len(row["right"][0]) == SIZES["samples"] and len(row["won"]) == SIZES["preference_pairs"]
             assert row["curve"][0]["held_out_logprob"] < 0 and "loss" in row["curve"][-1], key
     assert found["rejection"]["winners"] == found["random"]["winners"] > 0
     assert not list((folder / "out").rglob("*.safetensors"))
     names = tables.all_tables(folder / "out", 1)
-    assert list(names) == ["pairs", "scores", "objectives"]
+    assert list(names) == list(tables.TABLES)
     for key in ("calibrated", "paper", "length"):
         assert key in names["pairs"] and key in names["scores"]
-    assert len(names["objectives"].splitlines()) == 2 + len(evidence.ALL_ROWS) - 2
+    others = {"base_scores", "scores", "came", *evidence.PRESET_KEYS}
+    assert len(names["objectives"].splitlines()) == 2 + len(set(evidence.ALL_ROWS) - others)
     assert curves.draw_curves(folder / "out", 1, folder / "curves.svg")
     drawn = (folder / "curves.svg").read_text()
     assert all(f"{objective.words} (1 seed)" in drawn for objective in objectives.OBJECTIVES)
@@ -169,18 +172,26 @@ def test_parts_of_a_task_share_no_prompt(tmp_path):
 
 
 def test_the_table_compares_problem_by_problem(tmp_path):
-    rights = {"sft": ([[1, 0], [0, 0]], [[0, 0], [0, 0]]), "x": ([[1, 1], [1, 0]], [[1, 1], [1, 1]])}
+    # SFT has two more samples, with no draw of the other row beside them: they do not count.
+    rights = {
+        "sft": ([[1, 0, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1], [0, 0, 1, 1]]),
+        "x": ([[1, 1], [1, 0]], [[1, 1], [1, 1]]),
+    }
     wins = {"sft": ([1, 0], [1, 0]), "x": ([1, 1], [1, 0.5])}
     found = {
-        key: [{"seed": i, "right": right, "won": won} for i, (right, won) in enumerate(zip(rights[key], wins[key]))]
+        key: [
+            {"seed": i, "right": right, "won": won, "truncated": i / 4}
+            for i, (right, won) in enumerate(zip(rights[key], wins[key]))
+        ]
         for key in rights
     }
     lines = tables.objective_table(found, {"sft": "SFT alone", "x": "other"}).splitlines()
-    assert lines[0].startswith("| 2 seeds | sampled accuracy (2 problems)")
+    assert lines[0].startswith("| 2 seeds | sampled accuracy (2 problems x 2)")
     sft, other = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
-    assert sft[1].startswith("0.125 [") and sft[2] == "0.250, 0.000" and sft[3] == "-"
-    # Changes 0.75 and 0.75: the interval has no width; pairs: 0 and 0.75.
-    assert other[3] == "+0.750 [+0.750, +0.750]" and other[5] == "+0.375 [+0.000, +0.750]"
+    assert sft[1].startswith("0.125 [") and sft[2] == "-" and sft[3] == "0.250, 0.000" and sft[4] == "0.12"
+    # Changes 0.75 and 0.75: the interval has no width; pairs: 0 and 0.75. Of the seeds 0.5 and 1.
+    assert other[2] == "+0.750 [+0.750, +0.750]" and other[6] == "+0.375 [+0.000, +0.750]"
+    assert other[3] == "+0.500, +1.000"
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- t x -->\nold\n<!-- /t x -->\nb\n")
     tables.put_table(page, "t x", "new\n")
@@ -188,6 +199,47 @@ def test_the_table_compares_problem_by_problem(tmp_path):
     page.write_text("a")
     with pytest.raises(UserError, match="t x"):
         tables.put_table(page, "t x", "new")
+
+
+def test_the_preset_table_is_of_each_run_and_its_own_sft():
+    """Seeds end in other ways; the change is problem by problem, from the SFT of the same run."""
+
+    def row(sft, right, ending):
+        return {"sft": {"right": sft}, "right": right, "end": {"ending": ending, "said": []}}
+
+    rows = [row([[1, 0], [0, 0]], [[1, 1], [1, 0]], "trained"), row([[1, 1], [0, 0]], [[1, 1], [0, 0]], "gate")]
+    lines = tables.preset_table({"x": rows}, [{"right": [[1, 0], [0, 0]]}]).splitlines()
+    assert lines[0].startswith("| 2 seeds | after SFT (2 problems)")
+    came, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    assert came[0] == "the model as it came" and came[2].startswith("0.250 [")
+    assert cells[1].startswith("0.375 [") and cells[2].startswith("0.625 [") and cells[3].startswith("+0.250 [")
+    assert cells[4] == "0.250 → 0.750, 0.500 → 0.500"
+    assert cells[5] == "trained; the gate kept SFT's model"
+
+
+def test_how_a_run_ended_is_read_from_the_run(tmp_path):
+    def end(stages, saved, *rows):
+        write_jsonl(tmp_path / "metrics.jsonl", [{"stage": "eval"}, *rows])
+        return presets.end_of(TrainResult(tmp_path, tmp_path, dict.fromkeys(stages), {}, None, saved))
+
+    objective = ["start", "SFT", "rejection sampling"]
+    assert end(objective, objective[-1])["ending"] == "trained"
+    shut = {"stage": "score", "words": "Not informative.", "done": "rejection sampling is not run"}
+    assert end(objective[:2], "SFT", shut) == {
+        "ending": "gate",
+        "said": ["Not informative. rejection sampling is not run"],
+    }
+    assert end(objective, "SFT", {"action": "keep_best", "done": "fell"})["ending"] == "keep_best"
+    stopped = {"guards": ["kl"], "action": "stop", "done": "the run ends"}
+    assert end(objective, objective[-1], stopped) == {"ending": "guard", "said": ["['kl'] the run ends"]}
+
+
+def test_weights_are_the_same_or_not(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.tensor([value])}, tmp_path / name / "model.safetensors")
+    assert presets.same_weights(tmp_path / "a", tmp_path / "b")
+    assert not presets.same_weights(tmp_path / "a", tmp_path / "c")
 
 
 def test_the_score_table_by_hand():
@@ -202,6 +254,8 @@ def test_the_score_table_by_hand():
     result = {"seed": 0, "given": {"paper": [1.0, -1.0, 0.0]}, "given_prompts": ["a", "b", "c"]}
     assert tables.pair_cell([result], "given", "paper").startswith("0.500 [")
     assert tables.pair_cell([result], "given", "calibrated") == "-"
+    # The same pairs in two seeds are no new ones: as many as one seed's, with the width of these.
+    assert tables.pair_cell([result, {**result, "seed": 1}], "given", "paper").startswith("0.500 [0.0")
     assert np.isclose(float(tables.of_problems({"right": [[1, 0], [1, 1]]}).mean()), 0.75)
 
 
