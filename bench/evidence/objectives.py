@@ -175,7 +175,6 @@ OBJECTIVES = (
     Objective("sega_no_final", "SEGA on S without the final term", sega_paper, {"final_weight": 0.0}),
     Objective("sega_no_fork", "SEGA on S without the fork term", sega_paper, {"fork_weight": 0.0}),
     Objective("sega_calibrated", "SEGA on the calibrated score", sega_calibrated),
-    Objective("sega_low", "SEGA on the calibrated score, 1e-5", sega_calibrated, {"learning_rate": 1e-5}),
     Objective("sega_no_chain", "SEGA on the paper's S, no chain of thought", sega_paper, {"chain_of_thought": False}),
     Objective("filtered_dpo", "DPO on best and worst candidate by the calibrated score", filtered_dpo),
     Objective(

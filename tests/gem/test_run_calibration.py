@@ -228,6 +228,28 @@ def a_score(path, top_m=0.1):
     return write_score(fitted.score(model="m", pairs_hash="h", top_m=top_m), path)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "words"), [(0, "that the score may have been fitted to"), (1, "SFT has trained on")]
+)
+def test_a_score_from_a_file_may_have_been_fitted_to_these_pairs(folder, tmp_path, monkeypatch, epochs, words):
+    """So held-out pairs decide, and where there are too few a line says so."""
+
+    def fake(*arguments, real=calibration.fixed_score_verdict, **options):
+        found, verdict = real(*arguments, **options)
+        return found, verdict.model_copy(update={"kind": "informative", "words": "Informative, strong. 0.92."})
+
+    monkeypatch.setattr(calibration, "fixed_score_verdict", fake)
+    more = {"score": str(a_score(tmp_path / "s.json")), "gate": "stop", "max_steps": 1, "sft_epochs": epochs}
+    few, _ = run(folder, f"few-{epochs}", **more)
+    (row,) = [row for row in rows(few) if row["stage"] == "calibration"]
+    assert row["verdict"] == "informative" and words in row["words"] and "of at least 16 other pairs" in row["words"]
+    monkeypatch.setattr(calibration, "held_out_features", held_out_pairs)
+    enough, _ = run(folder, f"enough-{epochs}", **more)
+    (row,) = [row for row in rows(enough) if row["stage"] == "calibration"]
+    assert row["verdict"] == "not_informative" and "of 32 held-out pairs" in row["words"]
+    assert "SEGA" in few.evaluations and "SEGA" not in enough.evaluations
+
+
 def test_a_file_gives_the_score(folder, tmp_path):
     path = a_score(tmp_path / "s.json")
     result, _ = run(folder, "file", score=str(path), gate="warn", save_steps=2)
