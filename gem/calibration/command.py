@@ -80,7 +80,7 @@ def calibrate_file(
     if others is not None and all(pair.answer is None for pair in others):
         raise UserError(
             f"{request.eval_file}: no row has a known answer, so right and wrong samples cannot be told apart; add "
-            f'"{request.rows.answer_column}", or leave out --eval-file'
+            f'"{request.rows.answer_column}", or leave it out: --eval-file (held_out in Python)'
         )
     prompts = prompts_to_sample(pairs)
     tested = {} if others is None else known_answers(others)
