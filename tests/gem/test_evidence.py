@@ -301,7 +301,7 @@ def test_a_curve_is_the_mean_of_the_steps_that_all_seeds_have():
     assert curves.mean_curve(points, "y") == ([], [])
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "gsm8k_pairs"])
+@pytest.mark.parametrize("task", ["arithmetic", "arithmetic_fresh", "gsm8k_pairs"])
 def test_the_tables_of_the_page_are_those_of_its_results(task):
     """But for the last digit, which rounding decides."""
     root = Path(evidence.__file__).parents[2]
