@@ -121,11 +121,15 @@ def mean_estimate(values: Tensor, groups: Sequence[Hashable], seed: int = 0) -> 
 
 
 def share_estimate(wins: Tensor, groups: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """Share of cases won, a tie one half: Wilson's interval where each group has one case, else bootstrapped."""
-    if len(set(groups)) < len(groups):
+    """Share of cases won, a tie one half: Wilson's interval where each group has one case, else bootstrapped.
+
+    Where all cases agree a bootstrap has no width, so it is Wilson's of the number of groups.
+    """
+    number, total = len(set(groups)), float(wins.double().sum())
+    share = total / len(wins)
+    if number < len(groups) and share not in (0.0, 1.0):
         return mean_estimate(wins, groups, seed)
-    total = float(wins.double().sum())
-    return Estimate(total / len(wins), *wilson_interval(total, len(wins)), len(wins))
+    return Estimate(share, *wilson_interval(share * number, number), len(wins))
 
 
 def auroc(scores: Tensor, correct: Tensor) -> float | None:

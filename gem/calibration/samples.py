@@ -74,7 +74,7 @@ def evaluate_samples(
         auroc_over={name: over for name, (over, _) in aurocs.items() if over is not None},
         best_of={name: share(wins) for name, wins in best.items()},
         difference={name: mean_estimate(torch.from_numpy(w - single), prompts, seed) for name, w in best.items()},
-        single=mean_estimate(torch.from_numpy(right.ravel()), np.repeat(prompts, right.shape[1]).tolist(), seed),
+        single=share_estimate(torch.from_numpy(right.ravel()), np.repeat(prompts, right.shape[1]).tolist(), seed),
         majority=share(voted),
         any=share(right.any(1)),
         weighted_majority={name: share(wins) for name, wins in weighted.items()},

@@ -20,7 +20,7 @@ from gem.calibration.features import (
 )
 from gem.calibration.score_file import Verdict
 from gem.errors import UserError
-from gem.statistics import Estimate, mean_estimate, share_estimate, wilson_interval
+from gem.statistics import Estimate, mean_estimate, share_estimate
 
 MIN_PROMPTS = 8  # with fewer no verdict is `informative`
 MIN_HELD_OUT = 16  # other pairs, which then decide in place of those that SFT has trained on or the score is fitted to
@@ -42,16 +42,8 @@ class PairFeatures:
 
 
 def pair_accuracy(margins: np.ndarray, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """Share of pairs with S(a+) > S(a-), a tie one half; 95 % interval.
-
-    Wilson's where each prompt has one pair, else a bootstrap over prompts; where all pairs agree a bootstrap has no
-    width, so it is Wilson's of the number of prompts.
-    """
-    found = share_estimate(pair_wins(margins), prompts, seed)
-    if found.value in (0.0, 1.0):
-        number = len(set(prompts))
-        return Estimate(found.value, *wilson_interval(found.value * number, number), found.count)
-    return found
+    """Share of pairs with S(a+) > S(a-), a tie one half; 95 % interval of `share_estimate`, over prompts."""
+    return share_estimate(pair_wins(margins), prompts, seed)
 
 
 def judge(

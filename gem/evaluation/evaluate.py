@@ -199,7 +199,7 @@ def sampled_answers(scored: ScoredRollout, pairs: Sequence[TokenizedPair], seed:
     prompts = [pairs[i].prompt_ids for i in known]
     overall, within = auroc_estimates(scores, correct, valid, seed)
     return SampledAnswers(
-        accuracy=mean_estimate(correct.flatten(), [prompt for prompt in prompts for _ in range(size)], seed),
+        accuracy=share_estimate(correct.flatten(), [prompt for prompt in prompts for _ in range(size)], seed),
         majority=share_estimate(torch.tensor(majority), prompts, seed),
         best_score=share_estimate((correct & valid).gather(1, best).flatten(), prompts, seed),
         auroc=overall,

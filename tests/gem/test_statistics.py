@@ -52,6 +52,14 @@ def test_a_share_is_wilsons_only_where_cases_are_independent():
     assert shared.value == 0.625 and shared.low == 0.5 and shared.high == 0.75
 
 
+def test_a_share_of_all_or_none_has_the_width_of_its_prompts():
+    """Twelve samples of three prompts, all wrong: a bootstrap says [0, 0]."""
+    for value in (0.0, 1.0):
+        found = share_estimate(torch.full((12,), value), [prompt for prompt in "abc" for _ in range(4)])
+        assert (found.value, found.count) == (value, 12)
+        assert (found.low, found.high) == wilson_interval(3 * value, 3) and found.high - found.low > 0.5
+
+
 def test_auroc_by_hand():
     scores = torch.tensor([3.0, 2.0, 2.0, 1.0, 5.0])
     correct = torch.tensor([True, True, False, False, False])
