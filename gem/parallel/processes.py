@@ -94,7 +94,11 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate: FSDP version 1 is not supported; launch with --fsdp_version 2")
     if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("accelerate: launch with --mixed_precision no; `dtype` of the config says how weights are kept")
+        raise UserError(
+            f"accelerate: mixed precision is {accelerator.mixed_precision} in this process; launch with "
+            "--mixed_precision no (after another trainer, begin a new process); `dtype` of the config says how weights "
+            "are kept"
+        )
     return accelerator
 
 

@@ -8,8 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.integrations.tiny import D, V
+
+
+@pytest.fixture(autouse=True)
+def accelerate_as_before():
+    """A trainer's mixed precision stays in accelerate's state of the process, where `gem train` would find it."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture
