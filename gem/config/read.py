@@ -24,7 +24,7 @@ _BOOLEANS = {
 
 def load_config(path: str | Path | None, flags: Sequence[str] = (), **overrides: Any) -> TrainConfig:
     """YAML file, then `flags` (["--key", "value", "--key=value", ...]), then `overrides`, each over the one before."""
-    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
     values.update(parse_flags(flags))
     values.update(overrides)
     return build_config(values)
@@ -106,7 +106,8 @@ def commented_config(preset: str = "paper") -> str:
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file; {} of an empty one."""
     path = path_of(path, "config")
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from gem.config.plain_yaml import load_yaml
+from gem.config.read import read_yaml
 from gem.config.settings import TextSettings
-from gem.errors import UserError, short
+from gem.errors import UserError
 from gem.model.opened import ModelLike
 from gem.terminal.console import print_warning
 
@@ -36,7 +36,8 @@ def as_in_run(model: ModelLike, settings: Settings, console: Console, **otherwis
         taken = {key: value for key, value in found.items() if key not in given}
         changed = settings.changed(**{**default, **taken})
     except UserError as error:
-        print_warning(console, f"Warning: {config}: {error}; the system prompt and the answer's marks are the defaults")
+        why = str(error).removeprefix(f"{config}: ")
+        print_warning(console, f"Warning: {config}: {why}; the system prompt and the answer's marks are the defaults")
         return settings.changed(**default) if default else settings
     if names := [key.replace("_", " ") for key in taken if key != "chain_of_thought"]:
         words = f"{', '.join(names[:-1])} and {names[-1]} are those" if len(names) > 1 else f"{names[0]} is that"
@@ -58,13 +59,8 @@ def _config_of(model: Path) -> Path | None:
 
 def _read(config: Path) -> dict[str, Any]:
     """`KEYS` of a run's config.yaml, checked; others may be of another version of gem."""
-    try:
-        values = load_yaml(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read it: {error.strerror}") from error
-    except ValueError as error:  # of YAML, or of UTF-8
-        raise UserError(f"not valid YAML: {short(str(error))}") from error
-    if not isinstance(values, dict) or not {*KEYS, "output_dir"} <= set(values):
+    values = read_yaml(config)
+    if not {*KEYS, "output_dir"} <= set(values):
         raise UserError("not the config of a run of gem")
     text = TextSettings(**{key: values[key] for key in KEYS})
     return {key: getattr(text, key) for key in KEYS}
