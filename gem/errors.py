@@ -25,6 +25,12 @@ class Interrupted(BaseException):
         return 128 + self.number
 
 
+def one_line(error: BaseException) -> str:
+    """What another library says of its failure: on one line, never long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
 def short(value: Any, most: int = 120) -> str:
     """repr of a value for a message: never long, whatever the value; of text the middle is left out."""
     if isinstance(value, dict | list | tuple | set | frozenset):

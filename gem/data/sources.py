@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gem.config.settings import RowSettings
-from gem.errors import UserError, path_of
+from gem.errors import UserError, one_line, path_of
 
 # A report lists so many rows in full; of more it says how many.
 _MAX_LISTED = 50
@@ -131,7 +131,7 @@ def _read_bytes(path: Path) -> bytes:
                 return file.read()
         return path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not a whole gzip file: {_one_line(error)}; compress it again") from error
+        raise UserError(f"{path}: not a whole gzip file: {one_line(error)}; compress it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
@@ -185,7 +185,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot read it: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot read it: {one_line(error)}") from error
     return [Row(f"{path} row {i}", row) for i, row in enumerate(rows)]
 
 
@@ -196,7 +196,7 @@ def _saved_dataset(path: Path, split: str) -> list[Row]:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a foreign file breaks with
-        raise UserError(f"{path}: cannot read it: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot read it: {one_line(error)}") from error
     if not isinstance(found, datasets.DatasetDict):
         if not _SLICED.search(split):  # it is one split, whatever its name
             return [Row(f"{path} row {i}", dict(row)) for i, row in enumerate(found)]
@@ -224,7 +224,7 @@ def _hub_dataset(source: str, split: str) -> list[Row]:
     except Exception as error:  # not found, no network, no such split or configuration, a broken file
         raise UserError(
             f"{source}: neither a file nor a directory, and as a dataset (split {split!r}) it cannot be loaded: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
     return [Row(f"{source}[{split}] row {i}", dict(row)) for i, row in enumerate(found)]
 
@@ -285,8 +285,3 @@ def report(source: Source, rows: Sequence[Row], problems: Sequence[RowProblem], 
     made = RowReport(str(source), len(rows), tuple(sorted(problems, key=lambda p: place[p.where])), settings)
     made.raise_refused()
     return made
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."

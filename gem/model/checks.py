@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gem.errors import UserError
+from gem.errors import UserError, one_line
 
 _LISTED = 3  # names of tensors in a message
 # Of the logits' spread, by which they may change where a later token does: rounding, in mixtures of experts too.
@@ -144,8 +144,3 @@ def not_loaded(name: str, error: Exception) -> str:
     if Path(name).exists():
         return f"model: cannot load {name}: {one_line(error)}"
     return f"model: no file or directory {name} here, and as a hub id it cannot be loaded: {one_line(error)}"
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."

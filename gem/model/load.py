@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from gem.config.settings import TrainConfig
-from gem.errors import UserError
+from gem.errors import UserError, one_line
 from gem.model.checks import (
     check_causal,
     check_finite,
@@ -36,7 +36,6 @@ from gem.model.checks import (
     check_there,
     check_weights_file,
     not_loaded,
-    one_line,
 )
 from gem.model.lora import add_lora, is_adapted, load_adapter, merged_state_dict, quiet_bitsandbytes
 from gem.model.source import ModelSource

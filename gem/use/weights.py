@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gem.config.settings import TextSettings
-from gem.errors import UserError
+from gem.errors import UserError, one_line
 from gem.files import write_directory
 from gem.model import load
 from gem.model.checks import http_error
@@ -53,14 +53,10 @@ def push_model(model: str, repo: str, private: bool, console: Console) -> str:
     except LocalTokenNotFoundError as error:
         raise UserError(f"push: no key of the hub here: run hf auth login, or set HF_TOKEN ({repo})") from error
     except HFValidationError as error:
-        raise UserError(f"REPO: {_one_line(error)}") from error
+        raise UserError(f"REPO: {one_line(error)}") from error
     except HfHubHTTPError as error:
         hint = "; run hf auth login with a key that may write" if "401" in str(error) or "403" in str(error) else ""
-        raise UserError(f"push: the hub refused {repo}: {_one_line(error)}{hint}") from error
+        raise UserError(f"push: the hub refused {repo}: {one_line(error)}{hint}") from error
     except (OSError, http_error()) as error:  # no network among them
-        raise UserError(f"push: no answer from the hub: {_one_line(error)}; look at the network, try again") from error
+        raise UserError(f"push: no answer from the hub: {one_line(error)}; look at the network, try again") from error
     return f"https://huggingface.co/{repo}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
