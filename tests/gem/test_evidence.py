@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from bench.evidence import __main__ as evidence
-from bench.evidence import curves, objectives, presets, tables
+from bench.evidence import curves, gate, objectives, presets, tables
 from bench.evidence.data import HELD_OUT_SEED, task_rows
 from bench.evidence.start import GIVEN_STEP, POOL_STEP, load_or_sample_pool, make_config, open_start
 from gem.config.settings import TrainConfig
@@ -240,6 +240,25 @@ def test_weights_are_the_same_or_not(tmp_path):
         save_file({"x": torch.tensor([value])}, tmp_path / name / "model.safetensors")
     assert presets.same_weights(tmp_path / "a", tmp_path / "b")
     assert not presets.same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_gate_is_tried_on_own_answers_that_know_something_and_on_some_that_do_not(capsys):
+    right = np.array([[True, False, False], [True, True, True]])
+    valid = np.array([[True, True, False], [True, True, True]])
+    features = np.arange(54.0).reshape(2, 3, 9)
+    own = gate.own_pairs(features, right, valid, ["p", "q"])
+    assert own.prompts == ["p"] and np.array_equal(own.chosen, features[0, :1])
+    assert np.array_equal(own.rejected, features[0, 1:2])
+    seed = gate.load(0, "arithmetic")
+    assert seed.features.shape == (128, 8, 9) and len(seed.given.prompts) == 48 and len(seed.held_out.prompts) == 32
+    # Features, in the order of FEATURES, from scores under their names, with their signs.
+    told = json.loads((gate.RESULTS / "arithmetic" / "seed-0" / "scores.json").read_text())["samples"]
+    assert np.array_equal(seed.features[..., 0], -np.array(told["-final_entropy"]))
+    assert np.array_equal(seed.features[..., 5], np.array(told["mean_logprob"]))
+    known, unknown = (gate.shares("arithmetic", known, 9, 8).mean(0) for known in (True, False))
+    assert known[1] > unknown[1] and known[2] > unknown[2]
+    gate.main(["--draws", "3"])
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_the_score_table_by_hand():
